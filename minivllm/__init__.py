@@ -1,0 +1,25 @@
+"""minivllm: a minimal LLM inference engine.
+
+from minivllm import LLM, SamplingParams
+print(LLM().generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from minivllm.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "RequestMetrics", "RequestOutput", "RequestOutputKind", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    """`LLM` is imported on first use, so that what needs no tensors (the scheduler, say) does not load torch."""
+    if name == "LLM":
+        from minivllm.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

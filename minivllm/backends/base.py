@@ -1,0 +1,61 @@
+"""Backend: the interface of a model step's operators.
+
+Shapes: T tokens of a step, R rows (requests), H query heads, K KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from minivllm.runner.forward_batch import ForwardBatch
+
+KVCache = tuple[torch.Tensor, torch.Tensor]  # K and V of one layer, each [blocks, block_size, K, D]
+
+
+class Backend(ABC):
+    @abstractmethod
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x Wᵀ + b.  x: [T, in]; weight: [out, in]; bias: [out].  Returns [T, out]."""
+
+    @abstractmethod
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / rms(x) · weight over the last dimension.  x: [T, size]."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rms_norm(x + residual), x + residual); `residual` may be overwritten."""
+
+    @abstractmethod
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) · up of [T, 2 · size], gate first.  Returns [T, size]."""
+
+    @abstractmethod
+    def rotate_and_store(
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, num_heads: int, kv_cache: KVCache, batch: ForwardBatch
+    ) -> torch.Tensor:
+        """Rotate Q and K by position, write K and V to the cache.  qkv: [T, (H + 2K) · D], changed in place;
+        cos_sin: [positions, D] float32.  Returns Q: [T, H, D]."""
+
+    @abstractmethod
+    def attention(self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float) -> torch.Tensor:
+        """Causal softmax(scale · q Kᵀ) V over each row's cached keys.  The only place the scale is applied.
+        q: [T, H, D].  Returns [T, H, D]."""
+
+    @abstractmethod
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        last_token: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """A token a row of logits [R, vocab], greedy where temperature is 0, also stored as last_token[slots].
+        Stateless: noise is a hash of (seed, position in the output, token id).  Returns [R] int32."""

@@ -1,0 +1,56 @@
+"""The GPU backend: Triton kernels, and cuBLAS for the matrix products."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from minivllm import kernels
+from minivllm.backends.base import Backend, KVCache
+from minivllm.runner.forward_batch import ForwardBatch
+
+
+class TritonBackend(Backend):
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return kernels.rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.add_rms_norm(x, residual, weight, eps)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return kernels.silu_and_mul(gate_up)
+
+    def rotate_and_store(
+        self, qkv: torch.Tensor, cos_sin: torch.Tensor, num_heads: int, kv_cache: KVCache, batch: ForwardBatch
+    ) -> torch.Tensor:
+        return kernels.rope_and_store_kv(qkv, batch.positions, cos_sin, *kv_cache, batch.slot_mapping, num_heads)
+
+    def attention(self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        n = batch.num_decodes
+        if n:
+            tables, seq_lens = batch.block_tables[:n], batch.seq_lens[:n]
+            if batch.decode_plan is None:  # the first layer plans for all
+                batch.decode_plan = kernels.plan_paged_decode(q[:n], kv_cache[0], tables, seq_lens)
+            kernels.paged_attention_decode(q[:n], *kv_cache, tables, seq_lens, scale, batch.decode_plan, out[:n])
+        if batch.query_tiles is not None:
+            kernels.paged_attention_prefill(
+                q, *kv_cache, batch.block_tables, batch.seq_lens, batch.query_start_loc, batch.query_tiles, scale, out
+            )
+        return out
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        last_token: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        return kernels.sample(logits, temperature, seeds, positions, last_token, slots)

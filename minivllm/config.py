@@ -1,0 +1,239 @@
+"""Configuration: what the user asked for (EngineConfig) and what the model is (ModelConfig).
+
+Both are frozen.  Nothing measured is ever written back into them: the number of KV blocks, for one, is returned by the
+executor and handed to the scheduler.  `ModelConfig.from_hf` is the one place that reads a Hugging Face config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+
+# vLLM arguments that change nothing here: accepted so that scripts run, each with the reason that a warning gives once.
+NO_MEANING_HERE = {
+    "disable_log_stats": "statistics are always kept; nothing is logged",
+    "disable_custom_all_reduce": "there is no custom all-reduce",
+    "compilation_config": "the model is not compiled",
+    "max_seq_len_to_capture": "CUDA graphs cover every length",
+    "cuda_graph_sizes": "CUDA graphs cover every batch size up to max_num_seqs",
+    "enable_chunked_prefill": "prefill is always chunked by max_num_batched_tokens",
+    "swap_space": "preempted requests are recomputed, not swapped",
+    "tokenizer_mode": "the tokenizer is the one transformers loads",
+}
+
+
+def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise ValueError for the names in `given` that are not in `known`, with the nearest known name."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ValueError(f"{what} has no argument {name!r}{hint}")
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless `value` is an int (not a bool) of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The settings of one engine, under vLLM's names.  None means: derived from model and device by `resolve`."""
+
+    dtype: str = "auto"
+    max_model_len: int | None = None  # tokens of prompt and output together; None: the model's own limit
+    max_num_seqs: int | None = None  # requests running at once; None: 256
+    max_num_batched_tokens: int | None = None  # tokens computed in one step; None: 8192 on a GPU, 2048 on a CPU
+    block_size: int = 64  # tokens in a KV-cache block
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory for weights, activations and KV cache
+    kv_cache_memory_bytes: int | None = None  # KV-cache size; None: all that is left on a GPU, up to 4 GiB on a CPU
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False  # True: no CUDA graphs
+    load_format: str = "auto"
+    seed: int = 0  # of requests that bring none, and of dummy weights
+    tensor_parallel_size: int = 1
+    device: str = "auto"  # "cuda", "cuda:N" or "cpu"; "auto": a GPU if there is one
+    async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None: on a GPU
+    backend: str = "auto"  # "triton" or "torch": who runs the operators; "auto": triton on a GPU
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> EngineConfig:
+        """From keyword arguments as users give them: unknown ones are errors, vLLM's meaningless ones warn."""
+        known = [field.name for field in fields(cls)]
+        reject_unknown(arguments, [*known, *NO_MEANING_HERE], "LLM")
+        for name in arguments.keys() & NO_MEANING_HERE.keys():
+            warnings.warn(f"{name} has no effect: {NO_MEANING_HERE[name]}", stacklevel=3)
+        dtype = arguments.get("dtype", "auto")
+        given = {name: value for name, value in arguments.items() if name in known}
+        return cls(**{**given, "dtype": str(dtype).removeprefix("torch.")})
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), 1)
+        check_int("block_size", self.block_size, 1)
+        check_int("seed", self.seed, 0)
+        check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
+        for name, allowed in (
+            ("dtype", {"float": "float32", "half": "float16"} | {d: d for d in DTYPES}),
+            ("load_format", {name: name for name in LOAD_FORMATS}),
+            ("backend", {name: name for name in ("auto", "torch", "triton")}),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+            object.__setattr__(self, name, allowed[getattr(self, name)])
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("bool", "bool | None") and not isinstance(value, bool) and value is not None:
+                raise ValueError(f"{field.name} must be True or False, got {value!r}")
+        if not isinstance(self.gpu_memory_utilization, (int, float)) or not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
+        if self.device != "auto" and self.device.split(":")[0] not in ("cuda", "cpu"):
+            raise ValueError(f"device must be 'auto', 'cuda', 'cuda:N' or 'cpu', got {self.device!r}")
+        if self.tensor_parallel_size > 1:
+            raise ValueError("tensor_parallel_size > 1 is not supported yet; use 1")
+        if self.block_size not in (16, 32) and self.block_size % 64:
+            raise ValueError(f"block_size must be 16, 32 or a multiple of 64, got {self.block_size}")
+        if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request computes a token a step"
+            )
+
+    def resolve(self, model: ModelConfig, device: str) -> EngineConfig:
+        """A copy in which everything that `model` and `device` ("cuda:0", "cpu") decide is filled in."""
+        on_gpu = device.startswith("cuda")
+        dtype = self.dtype
+        if dtype == "auto":
+            # On a CPU float32 is the fast and exact choice; on a GPU float32 checkpoints run as bfloat16, as in vLLM.
+            dtype = ("bfloat16" if model.dtype == "float32" else model.dtype) if on_gpu else "float32"
+        max_model_len = self.max_model_len or model.max_position_embeddings
+        if max_model_len > model.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len ({max_model_len}) is more than the model's own limit of "
+                f"{model.max_position_embeddings} positions; lower max_model_len"
+            )
+        budget = self.max_num_batched_tokens or max(8192 if on_gpu else 2048, self.max_num_seqs or 0)
+        return replace(
+            self,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=budget,
+            max_num_seqs=self.max_num_seqs or min(256, budget),
+            async_scheduling=on_gpu if self.async_scheduling is None else self.async_scheduling,
+            backend=("triton" if on_gpu else "torch") if self.backend == "auto" else self.backend,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding.  `type` is "default" or "llama3" (the low/high frequency fields are llama3's)."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> RopeConfig:
+        """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+        if kind == "default":
+            return cls(theta=theta)
+        if kind != "llama3":
+            raise ValueError(f"RoPE type {kind!r} is not supported; supported: default, llama3")
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        missing = [name for name in names if name not in rope]
+        if missing:
+            raise ValueError(f"the config's llama3 RoPE settings lack {', '.join(missing)}")
+        return cls(theta=theta, type=kind, **{name: rope[name] for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder model, normalised.  Counts are whole-model figures."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    dtype: str  # what the checkpoint says it is
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """K and V elements of one token, over all layers."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
+        """From a raw `config.json` and `generation_config.json`, as written by transformers 4 or 5.
+
+        Raises ValueError for what would run wrongly: a missing field, quantized weights, an unsupported activation.
+        """
+        architectures = hf.get("architectures") or ["(none)"]
+        quantization = hf.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown")
+            raise ValueError(f"checkpoints quantized with {method!r} are not supported; use the unquantized model")
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        missing = [name for name in needed if not hf.get(name)]
+        if missing:
+            raise ValueError(f"config.json of a {architectures[0]} lacks {', '.join(missing)}")
+        activation = hf.get("hidden_act", "silu")
+        if activation != "silu":
+            raise ValueError(f"hidden_act {activation!r} is not supported; supported: silu")
+        heads = hf["num_attention_heads"]
+        kv_heads = hf.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
+        if not hf.get("head_dim") and hf["hidden_size"] % heads:
+            raise ValueError(f"hidden_size ({hf['hidden_size']}) is no multiple of num_attention_heads ({heads})")
+        dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        return cls(
+            architecture=architectures[0],
+            **{name: hf[name] for name in needed},
+            num_key_value_heads=kv_heads,
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope=RopeConfig.from_hf(hf),
+            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            attention_bias=bool(hf.get("attention_bias", False)),
+            mlp_bias=bool(hf.get("mlp_bias", False)),
+            dtype=dtype if dtype in DTYPES else "bfloat16",
+            eos_token_ids=tuple(
+                dict.fromkeys(_token_ids(hf) + _token_ids(generation_config or {}))  # without duplicates, in order
+            ),
+        )
+
+
+def _token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """`eos_token_id` may be absent, one id or a list of them."""
+    value = config.get("eos_token_id")
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)

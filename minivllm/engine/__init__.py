@@ -1,0 +1,1 @@
+"""Decides what runs.  Knows no tensors: nothing in this package imports torch."""

@@ -1,0 +1,45 @@
+"""ScheduledBatch: the order form from the scheduler to the runner.
+
+Plain lists, small enough to send to worker processes each step: it says what changed since the last one, and the runner
+keeps the rest by slot (a request's place in the runner from its admission until it ends or is preempted).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minivllm.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class AdmittedRequest:
+    """What the runner is told of a request when it starts (or starts again after preemption)."""
+
+    slot: int
+    token_ids: list[int]  # all known ones
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    stop_token_ids: list[int]  # all that may end it: not to be sampled before min_tokens
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step.  Row i computes tokens [num_computed[i], num_computed[i] + num_scheduled[i]) of slots[i].
+
+    The first `num_decodes` rows each compute the one token that the step before sampled, which only the runner knows;
+    the tokens of all other rows are among those named when the request was admitted.
+    """
+
+    admitted: list[AdmittedRequest] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    num_computed: list[int] = field(default_factory=list)
+    num_scheduled: list[int] = field(default_factory=list)
+    num_decodes: int = 0
+    sampled_rows: list[int] = field(default_factory=list)  # rows that reach their last token, so sample the next
+    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)  # slot, first column, block ids
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(self.num_scheduled)

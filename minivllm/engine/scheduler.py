@@ -1,0 +1,240 @@
+"""Scheduler: decides what each step computes.  The only code that changes a request's progress.
+
+There are no phases.  Every request has `num_computed_tokens` chasing `num_tokens`, and a step computes some of the
+difference, within one token budget: chunked prefill, decode, prefix hits and recomputation after preemption are all that
+one rule (after vLLM's V1 scheduler).  Running requests are served first, oldest first; what the budget leaves goes to the
+waiting ones in order of arrival.  When blocks run out, the newest running request is preempted: it gives back its blocks
+and waits, at the head of the queue, to be computed again.
+
+Steps may be scheduled before the tokens of earlier ones are known.  Such tokens are in flight: they count as placeholders
+in `num_tokens` until `update()` fills them in.  Blocks freed while a step in flight still writes to them may be given out
+again at once, since the runner executes steps in order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
+from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.request import Request
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0  # computed before, lost to preemption
+    num_prompt_tokens: int = 0  # of admitted requests
+    num_cached_tokens: int = 0  # of those, found in the prefix cache
+
+
+class Scheduler:
+    def __init__(
+        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids: Iterable[int]
+    ) -> None:
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.requests: dict[str, Request] = {}  # unfinished ones, by id
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first
+        self.stats = SchedulerStats()
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that sampled a token
+
+    def add(self, request: Request) -> None:
+        """Queue a request.  Raises ValueError for an id in use."""
+        if request.request_id in self.requests:
+            raise ValueError(f"request_id {request.request_id!r} is in use; choose another")
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def check_fits(self, max_num_tokens: int) -> None:
+        """Raise ValueError if a request that may grow to `max_num_tokens` tokens could never fit the KV cache."""
+        manager = self.block_manager
+        if manager.num_blocks_for(max_num_tokens - 1) > manager.num_blocks:  # the last token is never computed
+            raise ValueError(
+                f"prompt and max_tokens come to {max_num_tokens} tokens, but the KV cache holds "
+                f"{manager.num_blocks * manager.block_size}; shorten the prompt, lower max_tokens, or raise "
+                "kv_cache_memory_bytes or gpu_memory_utilization"
+            )
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step, or None if nothing can be computed before tokens in flight are known."""
+        batch = ScheduledBatch()
+        decodes: list[tuple[Request, int]] = []
+        prefills: list[tuple[Request, int]] = []
+        budget = self.max_num_batched_tokens
+        preempted = False
+        i = 0
+        while i < len(self.running) and budget > 0:
+            request = self.running[i]
+            i += 1
+            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+            if num_new <= 0 or request.num_tokens >= request.max_num_tokens:
+                continue  # its last token is in flight
+            column = len(request.block_ids)
+            while (blocks := self.block_manager.grow(request, request.num_computed_tokens + num_new)) is None:
+                preempted = True
+                if self._preempt_newest() is request:
+                    break
+            if blocks is None:
+                break
+            if blocks:
+                batch.new_blocks.append((request.slot, column, blocks))
+            is_decode = request.num_computed_tokens >= request.num_admitted_tokens
+            (decodes if is_decode else prefills).append((request, num_new))
+            self._advance(request, num_new)
+            budget -= num_new
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and not preempted:
+            request = self.waiting[0]
+            if request.num_in_flight or not self._admit(request, batch):
+                break
+            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
+            prefills.append((request, num_new))
+            self._advance(request, num_new)
+            budget -= num_new
+        if not decodes and not prefills:
+            return None
+        batch.num_decodes = len(decodes)
+        sampled = []
+        for row, (request, num_new) in enumerate(decodes + prefills):
+            batch.slots.append(request.slot)
+            batch.num_computed.append(request.num_computed_tokens - num_new)
+            batch.num_scheduled.append(num_new)
+            if request.num_computed_tokens == request.num_tokens:
+                batch.sampled_rows.append(row)
+                sampled.append(request)
+        for request in sampled:
+            request.num_in_flight += 1
+        self._in_flight.append(sampled)
+        self.stats.num_steps += 1
+        return batch
+
+    def update(self, tokens: Sequence[int]) -> list[Request]:
+        """Enter the tokens sampled by the oldest step in flight, in the order of its `sampled_rows`.
+
+        Returns the requests that got a token.  Tokens of requests that ended meanwhile are dropped.
+        """
+        now = time.monotonic()
+        sampled = self._in_flight.popleft()
+        progressed = []
+        for request, token in zip(sampled, tokens, strict=True):
+            if request.finished:
+                continue
+            request.num_in_flight -= 1
+            request.token_ids.append(token)
+            metrics = request.metrics
+            metrics.first_token_time = metrics.first_token_time or now
+            metrics.last_token_time = now
+            self.block_manager.publish(request)
+            self._check_stop(request, token)
+            progressed.append(request)
+        return progressed
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request; its blocks are free at once.  None if there is no such request (it may have finished)."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._finish(request, "abort")
+        return request
+
+    def recover(self) -> None:
+        """After a step that failed: forget the steps in flight and compute every running request again.
+
+        What the prefix cache holds may never have been computed, so it is dropped too.  No request is lost.
+        """
+        for sampled in self._in_flight:
+            for request in sampled:
+                request.num_in_flight = 0
+        self._in_flight.clear()
+        while self.running:
+            self._preempt_newest()
+        self.block_manager.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if requests, slots and blocks do not agree.  Meant for tests and for an idle engine."""
+        self.block_manager.check_integrity(self.running)
+        slots = [request.slot for request in self.running]
+        assert sorted(slots + self._free_slots) == list(range(self.max_num_seqs)), "a slot leaked or is shared"
+        assert {*self.waiting, *self.running} == set(self.requests.values()), "a request is in no queue"
+        assert not any(request.block_ids or request.slot >= 0 for request in self.waiting)
+
+    def _admit(self, request: Request, batch: ScheduledBatch) -> bool:
+        """Move the first waiting request to the running ones, if the blocks for all its tokens are free."""
+        hits = self.block_manager.cached_prefix(request)
+        num_spare = len(self.running)  # each running request may need a block soon: do not admit only to preempt
+        if not self.block_manager.admit(request, hits, num_spare):
+            return False
+        self.waiting.popleft()
+        self.running.append(request)
+        request.slot = self._free_slots.pop()
+        request.num_computed_tokens = len(hits) * self.block_manager.block_size
+        request.num_admitted_tokens = len(request.token_ids)
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = time.monotonic()
+            request.num_cached_tokens = request.num_computed_tokens
+            self.stats.num_prompt_tokens += request.num_prompt_tokens
+            self.stats.num_cached_tokens += request.num_cached_tokens
+        params = request.params
+        stop_token_ids = [*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)]
+        batch.admitted.append(
+            AdmittedRequest(
+                request.slot,
+                list(request.token_ids),
+                request.num_prompt_tokens,
+                params,
+                request.seed,
+                stop_token_ids,
+            )
+        )
+        batch.new_blocks.append((request.slot, 0, list(request.block_ids)))
+        return True
+
+    def _advance(self, request: Request, num_tokens: int) -> None:
+        """Count `num_tokens` as computed.  A step writes the K and V of all its tokens, layer by layer, before any
+        attention reads them, so requests admitted from now on, in this same step too, can share the full blocks."""
+        request.num_computed_tokens += num_tokens
+        self.block_manager.publish(request)
+
+    def _preempt_newest(self) -> Request:
+        request = self.running.pop()
+        self.stats.num_preemptions += 1
+        self.stats.num_recomputed_tokens += request.num_computed_tokens
+        request.metrics.num_preemptions += 1
+        self._release(request)
+        request.num_computed_tokens = 0
+        self.waiting.appendleft(request)
+        return request
+
+    def _check_stop(self, request: Request, token: int) -> None:
+        params = request.params
+        if request.num_output_tokens >= params.min_tokens:
+            if token in self.eos_token_ids and not params.ignore_eos:
+                return self._finish(request, "stop")
+            if token in params.stop_token_ids:
+                request.stop_reason = token
+                return self._finish(request, "stop")
+        if len(request.token_ids) >= request.max_num_tokens:
+            self._finish(request, "length")
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+        if request.slot >= 0:
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+
+    def _release(self, request: Request) -> None:
+        self.block_manager.free(request)
+        self._free_slots.append(request.slot)
+        request.slot = -1

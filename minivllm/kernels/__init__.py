@@ -1,0 +1,24 @@
+"""Triton kernels, each with the Python function that launches it.  Nothing else lives here.
+
+They run on a GPU, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 set before the first import).
+"""
+
+from minivllm.kernels.activation import silu_and_mul
+from minivllm.kernels.norm import add_rms_norm, rms_norm
+from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, plan_paged_decode
+from minivllm.kernels.prefill import QUERY_TILE, paged_attention_prefill
+from minivllm.kernels.rope_kv import rope_and_store_kv
+from minivllm.kernels.sample import sample
+
+__all__ = [
+    "QUERY_TILE",
+    "DecodePlan",
+    "add_rms_norm",
+    "paged_attention_decode",
+    "paged_attention_prefill",
+    "plan_paged_decode",
+    "rms_norm",
+    "rope_and_store_kv",
+    "sample",
+    "silu_and_mul",
+]

@@ -1,0 +1,140 @@
+"""Paged prefill attention: packed queries of varying length, causal, over paged K and V (FlashAttention-2, Dao 2023).
+
+One program computes one tile of queries of one head.  The host lists the tiles, those with most keys first, so that the
+grid has no empty programs and ends evenly.  Keys before the tile's first query need no mask and run in a loop of their
+own; the diagonal runs in a second one.  The softmax scale is applied here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from minivllm.kernels.paged_decode import LOG2E
+from minivllm.runner.forward_batch import QUERY_TILE
+
+KEY_TILE = 64
+
+
+@triton.jit
+def _attend(
+    acc, l, m, q_tile, k_cache, v_cache, table, begin, end, positions, kv_len, scale_log2e, kv_head,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    offs_d, mask_d, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):  # fmt: skip
+    """Attend to key tiles [begin, end), masked by causality and length if MASKED."""
+    offs_n = tl.arange(0, TILE)
+    for t in tl.range(begin, end, num_stages=STAGES):
+        tokens = t * TILE + offs_n
+        if BLOCK_SIZE % TILE == 0:
+            block = tl.load(table + (t * TILE) // BLOCK_SIZE).to(tl.int64)
+            within = (t * TILE) % BLOCK_SIZE + offs_n
+            k_offs = block * stride_kb + within * stride_kt + kv_head * stride_kh
+            v_offs = block * stride_vb + within * stride_vt + kv_head * stride_vh
+        else:
+            blocks = tl.load(table + tokens // BLOCK_SIZE, tokens < kv_len, 0).to(tl.int64)
+            within = tokens % BLOCK_SIZE
+            k_offs = blocks * stride_kb + within * stride_kt + kv_head * stride_kh
+            v_offs = blocks * stride_vb + within * stride_vt + kv_head * stride_vh
+        k_ptrs = k_cache + k_offs[:, None] + offs_d[None, :]
+        v_ptrs = v_cache + v_offs[:, None] + offs_d[None, :]
+        if MASKED:
+            mask = (tokens < kv_len)[:, None] & mask_d[None, :]
+            k = tl.load(k_ptrs, mask, 0.0)
+            v = tl.load(v_ptrs, mask, 0.0)
+        elif EVEN_D:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+        else:
+            k = tl.load(k_ptrs, mask_d[None, :], 0.0)
+            v = tl.load(v_ptrs, mask_d[None, :], 0.0)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2e)  # finite: key 0 is never masked
+        p = tl.exp2(scores * scale_log2e - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        m = m_new
+    return acc, l, m
+
+
+@triton.jit
+def _prefill_kernel(
+    q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale_log2e,
+    stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bt,
+    stride_ot, stride_oh,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    QUERY_TILE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(query_tiles + tl.program_id(1) * 2)
+    first = tl.load(query_tiles + tl.program_id(1) * 2 + 1)
+    head = tl.program_id(0)
+    q_start = tl.load(query_start_loc + row)
+    q_len = tl.load(query_start_loc + row + 1) - q_start
+    kv_len = tl.load(seq_lens + row)
+    offs_m = first + tl.arange(0, QUERY_TILE)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+    mask = (offs_m < q_len)[:, None] & mask_d[None, :]
+    rows = (q_start + offs_m).to(tl.int64)
+    q_tile = tl.load(q + rows[:, None] * stride_qt + head * stride_qh + offs_d[None, :], mask, 0.0)
+    positions = kv_len - q_len + offs_m
+    acc = tl.zeros([QUERY_TILE, BLOCK_D], tl.float32)
+    l = tl.zeros([QUERY_TILE], tl.float32)  # noqa: E741
+    m = tl.full([QUERY_TILE], float("-inf"), tl.float32)
+    table = block_tables + row.to(tl.int64) * stride_bt
+    kv_head = head // GROUP
+    diagonal = (kv_len - q_len + first + 1) // TILE  # key tiles before it are seen by every query
+    end = tl.cdiv(tl.minimum(kv_len - q_len + first + QUERY_TILE, kv_len), TILE)
+    acc, l, m = _attend(  # noqa: E741
+        acc, l, m, q_tile, k_cache, v_cache, table, 0, diagonal, positions, kv_len, scale_log2e, kv_head,
+        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+        offs_d, mask_d, False, BLOCK_SIZE, TILE, STAGES, HEAD_DIM == BLOCK_D,
+    )  # fmt: skip
+    acc, l, m = _attend(  # noqa: E741
+        acc, l, m, q_tile, k_cache, v_cache, table, diagonal, end, positions, kv_len, scale_log2e, kv_head,
+        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+        offs_d, mask_d, True, BLOCK_SIZE, TILE, STAGES, HEAD_DIM == BLOCK_D,
+    )  # fmt: skip
+    o = out + rows[:, None] * stride_ot + head * stride_oh + offs_d[None, :]
+    tl.store(o, (acc / l[:, None]).to(out.dtype.element_ty), mask)
+
+
+def paged_attention_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    query_tiles: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal softmax(scale · q Kᵀ) V for the last queries of each row; K and V of them are in the cache already.
+
+    q: [tokens, heads, head_dim], row r's queries at query_start_loc[r] : query_start_loc[r + 1]; k_cache, v_cache:
+    [blocks, block_size, kv_heads, head_dim]; block_tables: [rows, columns] int32; seq_lens: [rows] int32, keys of each
+    row, its queries the last of them; query_start_loc: [rows + 1] int32; query_tiles: [tiles, 2] int32, the row and the
+    first query (counted in the row) of each tile of QUERY_TILE queries.  Returns [tokens, heads, head_dim]; tokens of
+    rows without a tile are not written.
+    """
+    num_heads, head_dim = q.shape[1:]
+    kv_heads, block_size = k_cache.shape[2], k_cache.shape[1]
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    wide = block_d * q.element_size() > 256
+    _prefill_kernel[(num_heads, query_tiles.shape[0])](
+        q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale * LOG2E,
+        q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
+        out.stride(0), out.stride(1),
+        GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size,
+        QUERY_TILE=QUERY_TILE, TILE=KEY_TILE, STAGES=1 if wide else 3, num_warps=8,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,80 @@
+"""Rotary embedding of Q and K (Su et al. 2021, halves layout), fused with the write of K and V into their cache slots.
+
+A program takes HEADS heads of one token.  The heads of the merged projection lie in the order Q, K, V: Q is rotated in
+place, K is rotated on its way to the cache, V is copied.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rope_kv_kernel(
+    qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, stride_t,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    offs = tl.arange(0, BLOCK_HALF)
+    in_half = (offs < HALF)[None, :]
+    position = tl.load(positions + token).to(tl.int64)
+    cos = tl.load(cos_sin + position * 2 * HALF + offs, offs < HALF, 0.0)[None, :]
+    sin = tl.load(cos_sin + position * 2 * HALF + HALF + offs, offs < HALF, 0.0)[None, :]
+    base = qkv + token * stride_t + heads[:, None] * (2 * HALF) + offs[None, :]
+    mask = (heads < Q_HEADS + 2 * KV_HEADS)[:, None] & in_half
+    x1 = tl.load(base, mask, 0.0)
+    x2 = tl.load(base + HALF, mask, 0.0)
+    f1 = x1.to(tl.float32)
+    f2 = x2.to(tl.float32)
+    r1 = (f1 * cos - f2 * sin).to(x1.dtype)
+    r2 = (f2 * cos + f1 * sin).to(x1.dtype)
+    is_q = (heads < Q_HEADS)[:, None] & in_half
+    tl.store(base, r1, is_q)
+    tl.store(base + HALF, r2, is_q)
+    slot = tl.load(slot_mapping + token)
+    if slot >= 0:  # a padded row writes nothing
+        block = slot // BLOCK_SIZE
+        within = slot % BLOCK_SIZE
+        k_head = (heads - Q_HEADS)[:, None]
+        is_k = (k_head >= 0) & (k_head < KV_HEADS) & in_half
+        k = k_cache + block * stride_kb + within * stride_kt + k_head * stride_kh + offs[None, :]
+        tl.store(k, r1, is_k)
+        tl.store(k + HALF, r2, is_k)
+        v_head = k_head - KV_HEADS
+        is_v = (v_head >= 0) & (v_head < KV_HEADS) & in_half
+        v = v_cache + block * stride_vb + within * stride_vt + v_head * stride_vh + offs[None, :]
+        tl.store(v, x1, is_v)
+        tl.store(v + HALF, x2, is_v)
+
+
+def rope_and_store_kv(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """Rotate Q and K, write K and V to the cache; returns Q, a view of `qkv`: [tokens, heads, head_dim].
+
+    qkv: [tokens, (heads + 2 · kv_heads) · head_dim]; positions: [tokens] int32; cos_sin: [positions, head_dim] float32,
+    the cosines of a position and then its sines; k_cache, v_cache: [blocks, block_size, kv_heads, head_dim];
+    slot_mapping: [tokens] int64, block · block_size + offset, or −1 to write nothing.
+    """
+    tokens = qkv.shape[0]
+    _, block_size, kv_heads, head_dim = k_cache.shape
+    heads = 8 if tokens > 16 else 4  # a small step wants more programs
+    total = num_heads + 2 * kv_heads
+    _rope_kv_kernel[(tokens, triton.cdiv(total, heads))](
+        qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, qkv.stride(0),
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        Q_HEADS=num_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, HEADS=heads, num_warps=4,
+    )  # fmt: skip
+    return qkv[:, : num_heads * head_dim].view(tokens, num_heads, head_dim)

@@ -1,0 +1,36 @@
+"""Self-attention with a paged KV cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from minivllm.backends import Backend
+from minivllm.backends.base import KVCache
+from minivllm.config import ModelConfig
+from minivllm.layers.linear import Linear, MergedLinear
+
+if TYPE_CHECKING:
+    from minivllm.runner.forward_batch import ForwardBatch
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.backend = backend
+        self.num_heads = config.num_attention_heads
+        self.scale = config.head_dim**-0.5  # handed to the backend, which alone applies it
+        q_size = self.num_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, config.attention_bias, backend, dtype, device)
+        self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias, backend, dtype, device)
+
+    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch) -> torch.Tensor:
+        """x: [tokens, hidden] -> [tokens, hidden]."""
+        qkv = self.qkv_proj(x)
+        q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch)
+        out = self.backend.attention(q, kv_cache, batch, self.scale)  # [tokens, heads, head_dim]
+        return self.o_proj(out.flatten(1))

@@ -1,0 +1,25 @@
+"""RMSNorm, with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from minivllm.backends import Backend
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.backend = backend
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of x + residual, x + residual), both [tokens, size]; without a residual, x is the first one."""
+        if residual is None:
+            return self.backend.rms_norm(x, self.weight, self.eps), x
+        return self.backend.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def targets(self, name: str) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": self.weight.data}

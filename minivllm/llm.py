@@ -1,0 +1,273 @@
+"""LLM: the offline front door."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minivllm.config import EngineConfig, ModelConfig
+from minivllm.engine.engine import Engine
+from minivllm.loading import resolve
+from minivllm.models import model_class
+from minivllm.outputs import RequestOutput
+from minivllm.runner.executor import LocalExecutor
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+Prompt = str | list[int] | dict[str, Any]
+Message = dict[str, Any]
+
+
+class LLM:
+    """A model, ready to generate.
+
+    model: a directory, a hub id, a .gguf file, or None for the embedded SmolLM2-135M-Instruct.
+    tokenizer: where the tokenizer comes from, if not from the model.
+    revision: branch, tag or commit of a hub model.
+    skip_tokenizer_init: load no tokenizer; prompts must be token ids and outputs have no text.
+    arguments: the fields of `EngineConfig`, under vLLM's names.
+
+    Raises FileNotFoundError or PermissionError for a model that cannot be had, ValueError for one that is not supported,
+    for wrong arguments, and when memory does not suffice; each says what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        skip_tokenizer_init: bool = False,
+        **arguments: Any,
+    ) -> None:
+        config = EngineConfig.from_arguments(arguments)
+        device = _device(config.device)
+        dummy = config.load_format == "dummy"
+        if config.load_format == "gguf" and not str(model).endswith(".gguf"):
+            raise ValueError(f"load_format='gguf' needs a .gguf file as model, got {model!r}")
+        if config.load_format == "safetensors" and str(model).endswith(".gguf"):
+            raise ValueError(f"load_format='safetensors' does not fit the model {model!r}; leave load_format out")
+        files = resolve(model, tokenizer, revision, need_tokenizer=not skip_tokenizer_init, need_weights=not dummy)
+        self.model = files.name
+        self.model_config = ModelConfig.from_hf(files.config, files.generation_config)
+        model_class(self.model_config.architecture)  # refuses what is not supported before anything is loaded
+        self.config = config.resolve(self.model_config, device)
+        self._generation_config = files.generation_config
+        self._tokenizer = None
+        if files.tokenizer_folder is not None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(files.tokenizer_folder)
+        self._executor = LocalExecutor(self.config, self.model_config, files.weights)
+        self.engine = Engine(self.config, self.model_config, self._executor, self._tokenizer)
+        self._request_ids = itertools.count()
+        self._is_shut_down = False
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete the prompts, all at once; one output a prompt, in their order.
+
+        prompts: one or a list of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+        sampling_params: one for all, or one a prompt; None: the model's defaults (`get_default_sampling_params`).
+
+        Raises ValueError for wrong input before any request is started.  Ctrl-C aborts these requests and raises
+        KeyboardInterrupt; the engine stays usable.
+        """
+        requests = self._add_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)
+        done: dict[str, RequestOutput] = {}
+        with tqdm(total=len(requests), desc="Processed prompts", unit="req", disable=not use_tqdm) as bar:
+            start = time.monotonic()
+            num_in = num_out = 0
+            for output in self._run(requests):
+                done[output.request_id] = output
+                num_in += len(output.prompt_token_ids)
+                num_out += len(output.outputs[0].token_ids)
+                seconds = max(time.monotonic() - start, 1e-9)
+                bar.set_postfix_str(
+                    f"input: {num_in / seconds:.1f} tok/s, output: {num_out / seconds:.1f} tok/s", False
+                )
+                bar.update()
+        return [done[request_id] for request_id in requests]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Like `generate`, but yields an output whenever a request has new tokens, with only what is new in it.
+
+        Request ids are numbers that count up in the order of the prompts.  Closing the generator aborts the requests.
+        """
+        return self._run(self._add_requests(prompts, sampling_params, RequestOutputKind.DELTA))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, written with the model's chat template.
+
+        messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.preprocess_chat(m, add_generation_prompt=add_generation_prompt) for m in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def preprocess_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Prompt:
+        """The prompt that `chat` makes of a conversation, as `generate` and `stream` take it."""
+        tokenizer = self.get_tokenizer()
+        if not messages or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
+            raise ValueError('messages must be a list of {"role": …, "content": …}, with at least one of them')
+        if not tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of {self.model} has no chat template; use generate, or an instruct model")
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer; ValueError if there is none (skip_tokenizer_init)."""
+        if self._tokenizer is None:
+            raise ValueError("skip_tokenizer_init=True: there is no tokenizer; give token ids as prompts")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends."""
+        names = {"max_new_tokens": "max_tokens", **{n: n for n in ("temperature", "top_k", "top_p", "min_p")}}
+        given = {ours: self._generation_config.get(theirs) for theirs, ours in names.items()}
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes."""
+        return self.engine.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """Free the model and its memory.  Another LLM can be made in the same process afterwards."""
+        self._is_shut_down = True
+        self.engine.abort_requests(list(self.engine.scheduler.requests))
+        self._executor.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _add_requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        output_kind: RequestOutputKind,
+    ) -> list[str]:
+        """Check all prompts, then queue them all; returns their request ids."""
+        if self._is_shut_down:
+            raise ValueError("this LLM was shut down; make another")
+        if isinstance(prompts, (str, dict)) or (
+            isinstance(prompts, list) and prompts and all(isinstance(token, int) for token in prompts)
+        ):
+            prompts = [prompts]  # type: ignore[list-item]
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts; give one for all or "
+                "one a prompt"
+            )
+        checked = []
+        for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+            if not isinstance(params, SamplingParams):
+                raise ValueError(f"sampling_params[{i}] must be a SamplingParams, got {type(params).__name__}")
+            params = copy.copy(params)
+            params.output_kind = output_kind
+            try:
+                text, token_ids = self._tokenize(prompt)
+                self.engine.check_request(token_ids, params)
+            except ValueError as error:
+                raise ValueError(f"prompts[{i}]: {error}") from None
+            checked.append((token_ids, params, text))
+        request_ids = [str(next(self._request_ids)) for _ in checked]
+        for request_id, (token_ids, params, text) in zip(request_ids, checked, strict=True):
+            self.engine.add_request(request_id, token_ids, params, text)
+        return request_ids
+
+    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
+        """(text if known, token ids) of one prompt."""
+        text = None
+        if isinstance(prompt, dict):
+            if not prompt.keys() & {"prompt", "prompt_token_ids"} or prompt.keys() - {"prompt", "prompt_token_ids"}:
+                raise ValueError(f'a prompt dict has "prompt" or "prompt_token_ids", got the keys {list(prompt)}')
+            text = prompt.get("prompt")
+            prompt = prompt.get("prompt_token_ids", text)
+        if isinstance(prompt, str):
+            return prompt, self.get_tokenizer()(prompt).input_ids
+        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+            raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
+        return text, list(prompt)
+
+    def _run(self, request_ids: Sequence[str]) -> Iterator[RequestOutput]:
+        """Step the engine until these requests are done; abort what is left of them if that is cut short."""
+        unfinished = set(request_ids)
+        try:
+            while unfinished:
+                with _deferred_interrupt():
+                    outputs = self.engine.step()
+                for output in outputs:
+                    if output.request_id in unfinished:
+                        if output.finished:
+                            unfinished.remove(output.request_id)
+                        yield output
+        finally:
+            self.engine.abort_requests(unfinished)
+
+
+def _device(name: str) -> str:
+    """ "auto", "cuda", "cuda:N" or "cpu" to a device there is: "cuda:N" or "cpu"."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    index = int(name.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs; use another, or 'cpu'")
+    return f"cuda:{index}"
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[None]:
+    """Let Ctrl-C take effect after the block, which is thus never left half done.  A second one takes effect at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[Any] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if received:
+            signal.default_int_handler(number, frame)
+        received.append(frame)
+
+    previous = signal.signal(signal.SIGINT, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received and callable(previous):
+        previous(signal.SIGINT, received[0])

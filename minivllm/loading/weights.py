@@ -1,0 +1,151 @@
+"""Checkpoint tensors into model parameters: every parameter written once, every tensor used or explicitly ignored."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+
+class WeightSource(Protocol):
+    """The tensors of a checkpoint under their Hugging Face names."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, without reading any."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor once, on the CPU, read as it is asked for."""
+
+
+class SafetensorsSource:
+    """A folder's model.safetensors, the shards of its index, or whatever other *.safetensors files it has.
+
+    Raises FileNotFoundError for a missing shard or no weights at all; ValueError for a damaged file, for a name that
+    two files hold, and for a folder with pickled weights only.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._files = _safetensors_files(Path(folder))
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._files:
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name in self._shapes:
+                        raise ValueError(f"tensor {name} is in {path} and in another file beside it; delete one")
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path in self._files:
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name)  # memory-mapped: read where it is copied to, not before
+
+
+@torch.no_grad()
+def load_weights(
+    targets: dict[str, torch.Tensor],
+    source: WeightSource,
+    ignored: Callable[[str], bool] = lambda name: False,
+    progress: bool = False,
+) -> None:
+    """Copy each checkpoint tensor into its target: a parameter or a view of one, on any device and of any float type.
+
+    Tensors without a target are skipped where `ignored(name)`. Raises ValueError, before anything is written, that
+    names the tensors which are missing, unknown or of another shape; and for a tensor that comes twice or is quantized.
+    """
+    shapes = source.shapes()
+    _check(targets, shapes, ignored)
+    unwritten = set(targets)
+    # The line appears only when loading takes long enough to wonder.
+    for name, tensor in tqdm(
+        source.tensors(), total=len(shapes), desc="loading weights", unit="tensor", delay=2, disable=not progress
+    ):
+        target = targets.get(name)
+        if target is None:
+            continue
+        if name not in unwritten:
+            raise ValueError(f"tensor {name} comes twice in the checkpoint")
+        assert tensor.shape == target.shape, f"{name} is not of the shape its source announced"
+        if tensor.dtype != target.dtype:
+            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+                raise ValueError(f"tensor {name} is {tensor.dtype}: quantized checkpoints are not supported")
+            tensor = tensor.to(target.device)  # convert there: copy_ between devices converts on the CPU
+        target.copy_(tensor)
+        unwritten.remove(name)
+    assert not unwritten, f"announced, but not in the checkpoint: {_few(unwritten)}"
+
+
+@torch.no_grad()
+def fill_dummy(targets: dict[str, torch.Tensor], seed: int) -> None:
+    """Draw every target uniformly from ±1e-3, on its own device: the same numbers for the same seed and targets."""
+    generators: dict[torch.device, torch.Generator] = {}
+    for target in targets.values():
+        if target.device not in generators:
+            generators[target.device] = torch.Generator(target.device).manual_seed(seed)
+        target.uniform_(-1e-3, 1e-3, generator=generators[target.device])
+
+
+def _check(
+    targets: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], ignored: Callable[[str], bool]
+) -> None:
+    misshapen = [
+        f"{name} is {list(shapes[name])} in the checkpoint and {list(target.shape)} in the model"
+        for name, target in targets.items()
+        if name in shapes and shapes[name] != tuple(target.shape)
+    ]
+    unknown = [name for name in shapes if name not in targets and not ignored(name)]
+    missing = [name for name in targets if name not in shapes]
+    problems = []
+    if misshapen:
+        problems.append(f"{len(misshapen)} of another shape (not the weights of this config.json?): {_few(misshapen)}")
+    if missing:
+        problems.append(f"{len(missing)} missing (an incomplete checkpoint, or another architecture?): {_few(missing)}")
+    if unknown:
+        problems.append(f"{len(unknown)} that the model has no place for (another architecture?): {_few(unknown)}")
+    if problems:
+        raise ValueError("the checkpoint does not fit the model. Tensors: " + "; ".join(problems))
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors files; fetch it again ({error})") from error
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{index.name} lists {file.name}, which is not in {folder}; fetch it")
+        return files
+    loose = sorted(folder.glob("*.safetensors"))
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    if not loose and pickled:
+        raise ValueError(
+            f"{folder} has only pickled weights ({_few(pickled)}), which can run code when loaded and are refused; "
+            "save the model as safetensors, or take a revision that has them"
+        )
+    if not loose:
+        raise FileNotFoundError(f"no *.safetensors weights in {folder}")
+    return loose
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is cut short or damaged, or only a git-lfs pointer; fetch it again ({error})"
+        ) from error

@@ -1,0 +1,109 @@
+"""LLaMA (Touvron et al. 2023; grouped-query attention from Llama 2, RoPE scaling from Llama 3.1).  The one decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from minivllm.backends import Backend
+from minivllm.backends.base import KVCache
+from minivllm.config import ModelConfig
+from minivllm.layers import Attention, Embedding, Linear, MergedLinear, RMSNorm, rope_table
+
+if TYPE_CHECKING:
+    from minivllm.runner.forward_batch import ForwardBatch
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.backend = backend
+        size, bias = config.intermediate_size, config.mlp_bias
+        parts = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias, backend, dtype, device)
+        self.down_proj = Linear(size, config.hidden_size, bias, backend, dtype, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [tokens, hidden] -> [tokens, hidden]."""
+        return self.down_proj(self.backend.silu_and_mul(self.gate_up_proj(x)))
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
+        self.self_attn = Attention(config, backend, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
+        self.mlp = LlamaMLP(config, backend, dtype, device)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        cos_sin: torch.Tensor,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: the output of the layer before, to be added to `residual`, the stream so far; both [tokens, hidden]."""
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, cos_sin, kv_cache, batch)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
+        self.layers = nn.ModuleList(LlamaLayer(config, backend, dtype, device) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
+
+
+class LlamaForCausalLM(nn.Module):
+    """The decoder.  `num_positions`: positions to be ready for (max_model_len)."""
+
+    def __init__(
+        self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device, num_positions: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config, backend, dtype, device)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, False, backend, dtype, device)
+        )
+        self.backend = backend
+        self.register_buffer("cos_sin", rope_table(config.rope, config.head_dim, num_positions, device), False)
+
+    def forward(self, batch: ForwardBatch, kv_caches: Sequence[KVCache]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass over the step's tokens, writing their K and V.  Returns what `compute_logits` takes: the last layer's
+        output and the residual stream, both [tokens, hidden]."""
+        x, residual = self.model.embed_tokens(batch.token_ids), None
+        for layer, kv_cache in zip(self.model.layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, self.cos_sin, kv_cache, batch)
+        assert residual is not None
+        return x, residual
+
+    def compute_logits(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Final norm and LM head of the given rows: [rows, hidden] twice -> [rows, vocab_size]."""
+        hidden, _ = self.model.norm(x, residual)
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return self.backend.linear(hidden, self.model.embed_tokens.weight, None)
+
+    def weight_targets(self) -> dict[str, torch.Tensor]:
+        """Every checkpoint tensor the model takes, by its name there, with the view of a parameter it goes to."""
+        targets: dict[str, torch.Tensor] = {}
+        for path, module in self.named_modules():
+            if hasattr(module, "targets"):
+                targets.update(module.targets(path))
+        return targets
+
+    def ignores_weight(self, name: str) -> bool:
+        """Whether a checkpoint may bring tensor `name` although the model does not take it."""
+        tied_head = self.config.tie_word_embeddings and name == "lm_head.weight"
+        return tied_head or name.endswith("rotary_emb.inv_freq")  # written by old versions of transformers

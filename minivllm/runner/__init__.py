@@ -1,0 +1,1 @@
+"""Turns a ScheduledBatch into tokens.  Owns every tensor; makes no scheduling decision."""

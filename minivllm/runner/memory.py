@@ -1,0 +1,73 @@
+"""How much memory the KV cache gets, and its allocation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from minivllm.backends.base import KVCache
+from minivllm.config import EngineConfig, ModelConfig
+
+GIB = 1 << 30
+CPU_KV_CACHE_BYTES = 4 * GIB  # at most, and no more than a quarter of the memory
+SLACK_BYTES = 128 << 20  # GPU memory left for fragmentation and what libraries allocate late
+
+
+def kv_cache_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, profile: Callable[[], None]) -> int:
+    """Blocks of KV cache that fit.  `profile` runs the largest steps; on a GPU their memory is measured and set aside.
+
+    Raises ValueError if not even one block fits.
+    """
+    assert config.max_num_seqs and config.max_model_len
+    block_bytes = model.kv_elements_per_token * config.block_size * dtype.itemsize
+    # More than every slot at its longest is never used, but for prefixes worth keeping.
+    useful = 2 * config.max_num_seqs * -(-config.max_model_len // config.block_size) * block_bytes
+    if config.device.startswith("cuda"):
+        available = _gpu_bytes_left(config, profile)
+        if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes > available:
+            raise ValueError(
+                f"kv_cache_memory_bytes ({config.kv_cache_memory_bytes / GIB:.2f} GiB) is more than the "
+                f"{max(0, available) / GIB:.2f} GiB that weights and activations leave of gpu_memory_utilization "
+                f"{config.gpu_memory_utilization}; lower it"
+            )
+    else:
+        available = min(CPU_KV_CACHE_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, useful)
+    num_blocks = (config.kv_cache_memory_bytes or available) // block_bytes
+    if num_blocks < 1:
+        raise ValueError(
+            f"no memory is left for the KV cache: one block needs {block_bytes} bytes, there are "
+            f"{max(0, config.kv_cache_memory_bytes or available)}; raise gpu_memory_utilization or "
+            "kv_cache_memory_bytes, or lower max_num_batched_tokens, max_num_seqs or max_model_len"
+        )
+    return num_blocks
+
+
+def _gpu_bytes_left(config: EngineConfig, profile: Callable[[], None]) -> int:
+    """Bytes of gpu_memory_utilization that are left beside the weights, the largest step and the CUDA graphs."""
+    device = torch.device(config.device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    profile()
+    torch.cuda.synchronize(device)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()  # what stays reserved now, the graphs' pool, counts as used
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * config.gpu_memory_utilization) - (total - free) - activations - SLACK_BYTES
+
+
+def allocate_kv_cache(
+    model: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[KVCache]:
+    """K and V of every layer, each [blocks, block_size, kv_heads, head_dim], in one allocation of zeros."""
+    shape = (model.num_hidden_layers, 2, num_blocks, block_size, model.num_key_value_heads, model.head_dim)
+    if device.type == "cpu":
+        # numpy's zeros are pages that the system hands out on first use; torch's are written.
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        cache = torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+    else:
+        cache = torch.zeros(shape, dtype=dtype, device=device)
+    return [(layer[0], layer[1]) for layer in cache]

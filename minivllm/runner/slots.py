@@ -1,0 +1,54 @@
+"""Slots: what the runner remembers of each running request, in numpy arrays changed in place.
+
+A request keeps its slot from admission to its end, so a step only has to name slots and what changed.  The last slot
+belongs to no request: padded rows point to it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minivllm.engine.batch import ScheduledBatch
+
+
+class Slots:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        n = max_num_seqs + 1
+        self.padding = max_num_seqs
+        self.block_size = block_size
+        self.block_table = np.zeros((n, -(-max_model_len // block_size)), np.int32)
+        self.token_ids: list[np.ndarray] = [np.zeros(0, np.int32)] * n  # those known at admission
+        self.num_prompt_tokens = np.zeros(n, np.int32)
+        self.temperature = np.zeros(n, np.float32)
+        self.seed = np.zeros(n, np.int64)
+        self.top_k = np.zeros(n, np.int32)
+        self.top_p = np.ones(n, np.float32)
+        self.min_p = np.zeros(n, np.float32)
+        self.truncates = np.zeros(n, bool)
+        self.min_tokens = np.zeros(n, np.int32)
+        self.stop_token_ids: list[list[int]] = [[]] * n
+
+    def apply(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Take in what `batch` says is new.  Returns the changes to `block_table`: flat indices (int64), values (int32)."""
+        for request in batch.admitted:
+            slot, params = request.slot, request.params
+            self.token_ids[slot] = np.array(request.token_ids, np.int32)
+            self.num_prompt_tokens[slot] = request.num_prompt_tokens
+            self.temperature[slot] = params.temperature
+            self.seed[slot] = np.uint64(request.seed & 0xFFFFFFFFFFFFFFFF).astype(np.int64)
+            self.top_k[slot], self.top_p[slot], self.min_p[slot] = params.top_k, params.top_p, params.min_p
+            self.truncates[slot] = params.truncates
+            self.min_tokens[slot] = params.min_tokens
+            self.stop_token_ids[slot] = request.stop_token_ids
+        indices, values = [], []
+        for slot, column, blocks in batch.new_blocks:
+            self.block_table[slot, column : column + len(blocks)] = blocks
+            start = slot * self.block_table.shape[1] + column
+            indices.extend(range(start, start + len(blocks)))
+            values.extend(blocks)
+        return np.array(indices, np.int64), np.array(values, np.int32)
+
+    def slot_mapping(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where the K and V of tokens at `positions` of `slots` go in the cache.  int64, one a token."""
+        blocks = self.block_table[slots, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
