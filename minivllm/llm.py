@@ -35,8 +35,8 @@ class LLM:
     skip_tokenizer_init: load no tokenizer; prompts must be token ids and outputs have no text.
     arguments: the fields of `EngineConfig`, under vLLM's names.
 
-    Raises FileNotFoundError or PermissionError for a model that cannot be had, ValueError for one that is not supported,
-    for wrong arguments, and when memory does not suffice; each says what to do.
+    Raises FileNotFoundError or PermissionError for a model that cannot be had, ValueError for one that is not
+    supported, for wrong arguments, and when memory does not suffice; each says what to do.
     """
 
     def __init__(
@@ -253,7 +253,8 @@ def _device(name: str) -> str:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[None]:
-    """Let Ctrl-C take effect after the block, which is thus never left half done.  A second one takes effect at once."""
+    """Let Ctrl-C take effect after the block, which is thus never left half done.  A second one takes effect at
+    once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

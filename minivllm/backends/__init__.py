@@ -1,4 +1,5 @@
-"""The operators of a model step, behind one interface: Triton on a GPU, plain torch on a CPU (and as the oracle in tests).
+"""The operators of a model step, behind one interface: Triton on a GPU, plain torch on a CPU (and as the oracle in
+tests).
 
 Everything that depends on the device is here; layers and models are written once.
 """

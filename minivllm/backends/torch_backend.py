@@ -45,10 +45,8 @@ class TorchBackend(Backend):
         cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, -1)  # [T, 1, D / 2] each
         x1, x2 = heads[:, : num_heads + kv_heads].float().chunk(2, -1)
         rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(qkv.dtype)
-        slots, k, v = batch.slot_mapping, rotated[:, num_heads:], heads[:, num_heads + kv_heads :]
-        if batch.has_padding:
-            used = slots >= 0
-            slots, k, v = slots[used], k[used], v[used]
+        used = batch.slot_mapping >= 0  # all but padding
+        slots, k, v = batch.slot_mapping[used], rotated[used, num_heads:], heads[used, num_heads + kv_heads :]
         k_cache.view(-1, kv_heads, head_dim).index_copy_(0, slots, k)
         v_cache.view(-1, kv_heads, head_dim).index_copy_(0, slots, v)
         return rotated[:, :num_heads]

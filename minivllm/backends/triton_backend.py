@@ -39,6 +39,7 @@ class TritonBackend(Backend):
                 batch.decode_plan = kernels.plan_paged_decode(q[:n], kv_cache[0], tables, seq_lens)
             kernels.paged_attention_decode(q[:n], *kv_cache, tables, seq_lens, scale, batch.decode_plan, out[:n])
         if batch.query_tiles is not None:
+            assert batch.query_start_loc is not None
             kernels.paged_attention_prefill(
                 q, *kv_cache, batch.block_tables, batch.seq_lens, batch.query_start_loc, batch.query_tiles, scale, out
             )

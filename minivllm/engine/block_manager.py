@@ -3,8 +3,8 @@
 A block is always in exactly one of three places: used by at least one request (`ref_counts` > 0), free with nothing
 worth keeping (`_free`), or free but still holding a published prefix (`_evictable`, least recently used first).
 
-Prefix cache: only full blocks are published, under a 128-bit xxhash chained over the parent block's hash and the block's
-tokens, so a hash stands for the whole prefix up to it (vLLM's design, "Automatic Prefix Caching").
+Prefix cache: only full blocks are published, under a 128-bit xxhash chained over the parent block's hash and the
+block's tokens, so a hash stands for the whole prefix up to it (vLLM's design, "Automatic Prefix Caching").
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class BlockManager:
         return True
 
     def grow(self, request: Request, num_tokens: int) -> list[int] | None:
-        """Let `request` hold `num_tokens` tokens; returns the blocks added, or None (and adds none) if too few are free."""
+        """Let `request` hold `num_tokens` tokens; returns the blocks added, or None (and adds none) if too few are
+        free."""
         num_new = self.num_blocks_for(num_tokens) - len(request.block_ids)
         if num_new <= 0:
             return []

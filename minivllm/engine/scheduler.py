@@ -1,14 +1,14 @@
 """Scheduler: decides what each step computes.  The only code that changes a request's progress.
 
 There are no phases.  Every request has `num_computed_tokens` chasing `num_tokens`, and a step computes some of the
-difference, within one token budget: chunked prefill, decode, prefix hits and recomputation after preemption are all that
-one rule (after vLLM's V1 scheduler).  Running requests are served first, oldest first; what the budget leaves goes to the
-waiting ones in order of arrival.  When blocks run out, the newest running request is preempted: it gives back its blocks
-and waits, at the head of the queue, to be computed again.
+difference, within one token budget: chunked prefill, decode, prefix hits and recomputation after preemption are all
+that one rule (after vLLM's V1 scheduler).  Running requests are served first, oldest first; what the budget leaves
+goes to the waiting ones in order of arrival.  When blocks run out, the newest running request is preempted: it gives
+back its blocks and waits, at the head of the queue, to be computed again.
 
-Steps may be scheduled before the tokens of earlier ones are known.  Such tokens are in flight: they count as placeholders
-in `num_tokens` until `update()` fills them in.  Blocks freed while a step in flight still writes to them may be given out
-again at once, since the runner executes steps in order.
+Steps may be scheduled before the tokens of earlier ones are known.  Such tokens are in flight: they count as
+placeholders in `num_tokens` until `update()` fills them in.  Blocks freed while a step in flight still writes to them
+may be given out again at once, since the runner executes steps in order.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ head, then position, and every worker takes an equal stretch of it (the split of
     |---- worker 0 ------|---- worker 1 ------|---- …
 
 The grid is a fixed multiple of the multiprocessors, so a captured CUDA graph stays right, and balanced, whatever the
-lengths become.  `plan_paged_decode` finds the start of each worker once a step, on the device, for all layers.  A worker
-that covers all tiles of a (row, head) writes the output itself; otherwise it leaves a partial result (sum, maximum,
-normaliser), of which it has at most two: one at the start of its stretch and one at the end.  A second, small kernel adds
-those up; for most rows of a large batch it finds nothing to do.
+lengths become.  `plan_paged_decode` finds the start of each worker once a step, on the device, for all layers.  A
+worker that covers all tiles of a (row, head) writes the output itself; otherwise it leaves a partial result (sum,
+maximum, normaliser), of which it has at most two: one at the start of its stretch and one at the end.  A second,
+small kernel adds those up; for most rows of a large batch it finds nothing to do.
 
 The query heads that share a KV head are the rows of `tl.dot`, padded to 16 (also for MHA: faster than `tl.sum`).  The
 softmax scale is applied here and nowhere else, folded with log2(e) into `exp2`.
@@ -25,8 +25,11 @@ import torch
 import triton
 import triton.language as tl
 
+from minivllm.kernels.device import num_multiprocessors, num_buffers
+
 TILE = 64  # tokens
 WORKERS_PER_MULTIPROCESSOR = 2
+NUM_WARPS = 4
 LOG2E = 1.4426950408889634
 
 
@@ -40,8 +43,8 @@ def _plan_kernel(
     seq_lens, starts, row_tiles, num_rows, NUM_WORKERS: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Worker w: starts[w] = (row, head, tile, number of tiles).  row_tiles[r] = tiles before row r; its last entry = tiles
-    a worker takes."""
+    """Worker w: starts[w] = (row, head, tile, number of tiles).  row_tiles[r] = tiles before row r; its last entry =
+    tiles a worker takes."""
     worker = tl.program_id(0)
     rows = tl.arange(0, ROWS)
     tiles = tl.where(rows < num_rows, _num_tiles(tl.load(seq_lens + rows, rows < num_rows, 0), TILE), 0)
@@ -81,6 +84,8 @@ def _decode_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     mask_md = (offs_m[:, None] < GROUP) & mask_d[None, :]
+    k_offs = offs_n[:, None] * stride_kt + offs_d[None, :]
+    v_offs = offs_n[:, None] * stride_vt + offs_d[None, :]
     piece = tl.full((), 0, tl.int32)
     while left > 0:
         seq_len = tl.load(seq_lens + row)
@@ -99,23 +104,25 @@ def _decode_kernel(
             valid = tokens < seq_len
             if BLOCK_SIZE % TILE == 0:  # a tile lies in one block: one scalar load
                 block = tl.load(table + (t * TILE) // BLOCK_SIZE).to(tl.int64)
-                within = (t * TILE) % BLOCK_SIZE + offs_n
-                k_offs = block * stride_kb + within * stride_kt + head * stride_kh
-                v_offs = block * stride_vb + within * stride_vt + head * stride_vh
+                first = (t * TILE) % BLOCK_SIZE
+                k_ptrs = k_cache + (block * stride_kb + first * stride_kt + head * stride_kh) + k_offs
+                v_ptrs = v_cache + (block * stride_vb + first * stride_vt + head * stride_vh) + v_offs
             else:
                 blocks = tl.load(table + tokens // BLOCK_SIZE, valid, 0).to(tl.int64)
                 within = tokens % BLOCK_SIZE
-                k_offs = blocks * stride_kb + within * stride_kt + head * stride_kh
-                v_offs = blocks * stride_vb + within * stride_vt + head * stride_vh
+                k_rows = blocks * stride_kb + within * stride_kt + head * stride_kh
+                v_rows = blocks * stride_vb + within * stride_vt + head * stride_vh
+                k_ptrs = k_cache + k_rows[:, None] + offs_d[None, :]
+                v_ptrs = v_cache + v_rows[:, None] + offs_d[None, :]
             mask = valid[:, None] & mask_d[None, :]
-            k = tl.load(k_cache + k_offs[:, None] + offs_d[None, :], mask, 0.0)
+            k = tl.load(k_ptrs, mask, 0.0)
             scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale_log2e
             scores = tl.where(valid[None, :], scores, float("-inf"))
             m_new = tl.maximum(m, tl.max(scores, 1))
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # an empty row: no NaN
             p = tl.exp2(scores - m_safe[:, None])
             alpha = tl.exp2(m - m_safe)
-            v = tl.load(v_cache + v_offs[:, None] + offs_d[None, :], mask, 0.0)
+            v = tl.load(v_ptrs, mask, 0.0)
             l = l * alpha + tl.sum(p, 1)  # noqa: E741
             acc = acc * alpha[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             m = m_new
@@ -197,8 +204,7 @@ def plan_paged_decode(
     num_rows, num_heads, head_dim = q.shape
     kv_heads = k_cache.shape[2]
     device = q.device
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if q.is_cuda else 4
-    num_workers = WORKERS_PER_MULTIPROCESSOR * multiprocessors
+    num_workers = WORKERS_PER_MULTIPROCESSOR * num_multiprocessors(device)
     group = num_heads // kv_heads
     plan = DecodePlan(
         num_workers,
@@ -209,7 +215,7 @@ def plan_paged_decode(
     )
     _plan_kernel[(num_workers,)](
         seq_lens, plan.starts, plan.row_tiles, num_rows, NUM_WORKERS=num_workers, HEADS=kv_heads, TILE=TILE,
-        ROWS=triton.next_power_of_2(num_rows), num_warps=1,
+        ROWS=max(512, triton.next_power_of_2(num_rows)), num_warps=1,
     )  # fmt: skip
     return plan
 
@@ -239,13 +245,16 @@ def paged_attention_decode(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    wide = head_dim * q.element_size() > 256  # float32, or heads of 256: half the pipeline to fit shared memory
+    # The workers of a multiprocessor share its memory.  A tile in flight takes two stages of Triton's pipeline: its block
+    # number is loaded before it.
+    tile_bytes = 2 * TILE * block_d * q.element_size()
+    buffers = num_buffers(q.device, WORKERS_PER_MULTIPROCESSOR * tile_bytes, 20 << 10, most=2)
     _decode_kernel[(plan.num_workers,)](
         q, k_cache, v_cache, out, block_tables, seq_lens, plan.starts, plan.partial, plan.partial_ml, scale * LOG2E,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),
         HEADS=kv_heads, GROUP=group, BLOCK_M=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
-        BLOCK_D=block_d, BLOCK_SIZE=block_size, TILE=TILE, STAGES=1 if wide else 3, num_warps=4,
+        BLOCK_D=block_d, BLOCK_SIZE=block_size, TILE=TILE, STAGES=1 + 2 * buffers, num_warps=NUM_WARPS,
     )  # fmt: skip
     _reduce_kernel[(num_rows, num_heads)](
         out, seq_lens, plan.row_tiles, plan.partial, plan.partial_ml, out.stride(0), out.stride(1), num_rows,

@@ -11,35 +11,39 @@ import torch
 import triton
 import triton.language as tl
 
+from minivllm.kernels.device import num_buffers
 from minivllm.kernels.paged_decode import LOG2E
 from minivllm.runner.forward_batch import QUERY_TILE
 
 KEY_TILE = 64
+NUM_WARPS = 8
 
 
 @triton.jit
 def _attend(
-    acc, l, m, q_tile, k_cache, v_cache, table, begin, end, positions, kv_len, scale_log2e, kv_head,
+    acc, l, m, q_tile, k_cache, v_cache, table, begin, end, positions, kv_len, scale_log2e, kv_head,  # noqa: E741
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     offs_d, mask_d, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """Attend to key tiles [begin, end), masked by causality and length if MASKED."""
     offs_n = tl.arange(0, TILE)
+    k_offs = offs_n[:, None] * stride_kt + offs_d[None, :]
+    v_offs = offs_n[:, None] * stride_vt + offs_d[None, :]
     for t in tl.range(begin, end, num_stages=STAGES):
         tokens = t * TILE + offs_n
-        if BLOCK_SIZE % TILE == 0:
+        if BLOCK_SIZE % TILE == 0:  # a tile lies in one block: one scalar load
             block = tl.load(table + (t * TILE) // BLOCK_SIZE).to(tl.int64)
-            within = (t * TILE) % BLOCK_SIZE + offs_n
-            k_offs = block * stride_kb + within * stride_kt + kv_head * stride_kh
-            v_offs = block * stride_vb + within * stride_vt + kv_head * stride_vh
+            first = (t * TILE) % BLOCK_SIZE
+            k_ptrs = k_cache + (block * stride_kb + first * stride_kt + kv_head * stride_kh) + k_offs
+            v_ptrs = v_cache + (block * stride_vb + first * stride_vt + kv_head * stride_vh) + v_offs
         else:
             blocks = tl.load(table + tokens // BLOCK_SIZE, tokens < kv_len, 0).to(tl.int64)
             within = tokens % BLOCK_SIZE
-            k_offs = blocks * stride_kb + within * stride_kt + kv_head * stride_kh
-            v_offs = blocks * stride_vb + within * stride_vt + kv_head * stride_vh
-        k_ptrs = k_cache + k_offs[:, None] + offs_d[None, :]
-        v_ptrs = v_cache + v_offs[:, None] + offs_d[None, :]
+            k_rows = blocks * stride_kb + within * stride_kt + kv_head * stride_kh
+            v_rows = blocks * stride_vb + within * stride_vt + kv_head * stride_vh
+            k_ptrs = k_cache + k_rows[:, None] + offs_d[None, :]
+            v_ptrs = v_cache + v_rows[:, None] + offs_d[None, :]
         if MASKED:
             mask = (tokens < kv_len)[:, None] & mask_d[None, :]
             k = tl.load(k_ptrs, mask, 0.0)
@@ -69,28 +73,31 @@ def _prefill_kernel(
     stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bt,
     stride_ot, stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    QUERY_TILE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.load(query_tiles + tl.program_id(1) * 2)
-    first = tl.load(query_tiles + tl.program_id(1) * 2 + 1)
+    tile = tl.program_id(1) // SPLIT
+    row = tl.load(query_tiles + tile * 2)
+    first = tl.load(query_tiles + tile * 2 + 1) + tl.program_id(1) % SPLIT * BLOCK_M
     head = tl.program_id(0)
     q_start = tl.load(query_start_loc + row)
     q_len = tl.load(query_start_loc + row + 1) - q_start
+    if first >= q_len:
+        return
     kv_len = tl.load(seq_lens + row)
-    offs_m = first + tl.arange(0, QUERY_TILE)
+    offs_m = first + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     mask = (offs_m < q_len)[:, None] & mask_d[None, :]
     rows = (q_start + offs_m).to(tl.int64)
     q_tile = tl.load(q + rows[:, None] * stride_qt + head * stride_qh + offs_d[None, :], mask, 0.0)
     positions = kv_len - q_len + offs_m
-    acc = tl.zeros([QUERY_TILE, BLOCK_D], tl.float32)
-    l = tl.zeros([QUERY_TILE], tl.float32)  # noqa: E741
-    m = tl.full([QUERY_TILE], float("-inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     table = block_tables + row.to(tl.int64) * stride_bt
     kv_head = head // GROUP
     diagonal = (kv_len - q_len + first + 1) // TILE  # key tiles before it are seen by every query
-    end = tl.cdiv(tl.minimum(kv_len - q_len + first + QUERY_TILE, kv_len), TILE)
+    end = tl.cdiv(tl.minimum(kv_len - q_len + first + BLOCK_M, kv_len), TILE)
     acc, l, m = _attend(  # noqa: E741
         acc, l, m, q_tile, k_cache, v_cache, table, 0, diagonal, positions, kv_len, scale_log2e, kv_head,
         stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -129,12 +136,17 @@ def paged_attention_prefill(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    wide = block_d * q.element_size() > 256
-    _prefill_kernel[(num_heads, query_tiles.shape[0])](
+    row_bytes = block_d * q.element_size()  # long rows (float32, heads of 256) take smaller tiles, to fit smaller chips
+    tile = KEY_TILE * 256 // max(256, row_bytes)
+    split = 4 if row_bytes > 512 else 1
+    block_m = QUERY_TILE // split
+    fixed_bytes = block_m * (row_bytes + tile * q.element_size())  # queries and probabilities
+    buffers = num_buffers(q.device, 2 * tile * row_bytes, fixed_bytes, most=2)
+    _prefill_kernel[(num_heads, query_tiles.shape[0] * split)](
         q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale * LOG2E,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),
         GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size,
-        QUERY_TILE=QUERY_TILE, TILE=KEY_TILE, STAGES=1 if wide else 3, num_warps=8,
+        BLOCK_M=block_m, SPLIT=split, TILE=tile, STAGES=1 + buffers, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out

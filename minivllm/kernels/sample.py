@@ -1,8 +1,8 @@
 """Greedy and Gumbel-max sampling (argmax of logits / temperature + Gumbel noise draws from the softmax; Gumbel 1954).
 
-Randomness is stateless: the noise of a token is a hash of (seed, output position, token id), so a request draws the same
-tokens alone or in a batch, and again after preemption.  The hash is two rounds of a 32-bit mixer (Wellons, "Prospecting
-for Hash Functions"); `backends/torch_backend.py` computes the same noise bit for bit.
+Randomness is stateless: the noise of a token is a hash of (seed, output position, token id), so a request draws the
+same tokens alone or in a batch, and again after preemption.  The hash is two rounds of a 32-bit mixer (Wellons,
+"Prospecting for Hash Functions"); `backends/torch_backend.py` computes the same noise bit for bit.
 
 The vocabulary is cut into SPLITS parts a row; a second kernel picks the best of them, and of equals the lowest id.
 """
@@ -85,8 +85,8 @@ def sample(
 ) -> torch.Tensor:
     """Draw a token a row, and write it where the next step reads it: last_token[slots[row]].
 
-    logits: [rows, vocab_size]; temperature: [rows] float32, 0 being greedy; seeds: [rows] int64; positions: [rows] int32,
-    of the token in the output; last_token: [slots] int32; slots: [rows] int32.  Returns [rows] int32.
+    logits: [rows, vocab_size]; temperature: [rows] float32, 0 being greedy; seeds: [rows] int64; positions: [rows]
+    int32, of the token in the output; last_token: [slots] int32; slots: [rows] int32.  Returns [rows] int32.
     """
     rows, vocab_size = logits.shape
     splits = triton.cdiv(vocab_size, SPLIT_SIZE)

@@ -1,7 +1,7 @@
 """Building blocks of models.  Device-neutral: what depends on the device goes through a `Backend`.
 
-A layer that holds weights has `targets(name)`: the checkpoint tensors it takes, each with the view it is written to, where
-`name` is the layer's own path in the checkpoint, such as "model.layers.0.mlp.down_proj".
+A layer that holds weights has `targets(name)`: the checkpoint tensors it takes, each with the view it is written to,
+where `name` is the layer's own path in the checkpoint, such as "model.layers.0.mlp.down_proj".
 """
 
 from minivllm.layers.attention import Attention

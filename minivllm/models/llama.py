@@ -80,8 +80,8 @@ class LlamaForCausalLM(nn.Module):
         self.register_buffer("cos_sin", rope_table(config.rope, config.head_dim, num_positions, device), False)
 
     def forward(self, batch: ForwardBatch, kv_caches: Sequence[KVCache]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass over the step's tokens, writing their K and V.  Returns what `compute_logits` takes: the last layer's
-        output and the residual stream, both [tokens, hidden]."""
+        """One pass over the step's tokens, writing their K and V.  Returns what `compute_logits` takes: the last
+        layer's output and the residual stream, both [tokens, hidden]."""
         x, residual = self.model.embed_tokens(batch.token_ids), None
         for layer, kv_cache in zip(self.model.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, self.cos_sin, kv_cache, batch)

@@ -1,17 +1,19 @@
 """DecodeGraphs: whole decode steps, captured as CUDA graphs and replayed.
 
-A graph runs everything from the embedding of the last sampled tokens to the sampling of the next ones.  One graph for each
-padded batch size; the largest is captured first and all share one memory pool, so that together they take little more
-memory than it.
+A graph runs everything from the embedding of the last sampled tokens to the sampling of the next ones.  One graph for
+each padded batch size; the largest is captured first and all share one memory pool, so that together they take little
+more memory than it.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+Inputs = dict[str, torch.Tensor]
 DecodeOutput = tuple[torch.Tensor, torch.Tensor]  # tokens [rows] int32, logits [rows, vocab]
 
 
@@ -24,17 +26,21 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     def __init__(self) -> None:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
-        self._pool = None
+        self._pool: Any = None
 
-    def capture(self, sizes: Sequence[int], decode: Callable[[int], DecodeOutput]) -> None:
-        """Capture `decode(size)` for each size.  Its inputs must be at fixed addresses; its outputs will be, too."""
+    def capture(
+        self, sizes: Sequence[int], prepare: Callable[[int], Inputs], decode: Callable[[Inputs], DecodeOutput]
+    ) -> None:
+        """Capture `decode(prepare(size))` for each size, without `prepare`: it puts inputs at fixed addresses, where a
+        replay finds those of its own step.  The outputs have fixed addresses too."""
         gc.collect()
         for size in sorted(sizes, reverse=True):
-            decode(size)  # compiles, and lets libraries set themselves up, which must not happen during capture
+            inputs = prepare(size)
+            decode(inputs)  # compiles, and lets libraries set themselves up, which must not happen during capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                output = decode(size)
+                output = decode(inputs)
             self._pool = self._pool or graph.pool()
             self._graphs[size] = graph, output
 

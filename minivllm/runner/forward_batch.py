@@ -18,7 +18,7 @@ QUERY_TILE = 128  # queries of one row that prefill attention takes together
 class ForwardBatch:
     """T tokens of R rows (requests).  The first `num_decodes` rows have one token each and use decode attention.
 
-    `has_padding`: some rows are padding: seq_len 0, slot_mapping −1; they compute garbage and write nothing.
+    Rows may be padding: seq_len 0, slot_mapping −1.  They compute garbage and write nothing.
     """
 
     token_ids: torch.Tensor  # [T] int32
@@ -27,7 +27,6 @@ class ForwardBatch:
     block_tables: torch.Tensor  # [R, columns] int32
     seq_lens: torch.Tensor  # [R] int32, this step's tokens included
     num_decodes: int
-    has_padding: bool = False
     query_start_loc: torch.Tensor | None = None  # [R + 1] int32; None: all rows are decodes
     query_tiles: torch.Tensor | None = None  # [tiles, 2] int32: the tiles of prefill attention
     decode_plan: DecodePlan | None = None  # made by the first layer that needs it

@@ -22,6 +22,8 @@ from minivllm.runner.slots import Slots
 from minivllm.runner.step_inputs import NUM_BUFFERS, StepInputs
 from minivllm.sampling_params import SamplingParams
 
+Changes = tuple[np.ndarray, np.ndarray]  # of the block table: flat indices, values
+
 
 class StepTokens:
     """The tokens of a launched step."""
@@ -77,7 +79,7 @@ class ModelRunner:
         self.kv_caches = []
         self.kv_caches = allocate_kv_cache(model_config, self.num_blocks, config.block_size, self.dtype, self.device)
         if use_graphs:
-            self.graphs.capture(self.sizes, self._padding_step)
+            self.graphs.capture(self.sizes, self._padding_inputs, self._decode)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepTokens:
@@ -89,7 +91,7 @@ class ModelRunner:
             tokens = self._mixed_step(batch, changes)
         return self._hand_over(tokens)
 
-    def _decode_step(self, batch: ScheduledBatch, changes: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+    def _decode_step(self, batch: ScheduledBatch, changes: Changes) -> torch.Tensor:
         """One token for every row, the one sampled last: replays a graph if there is one.  Returns [rows] int32."""
         num_rows = len(batch.slots)
         size = next(size for size in self.sizes if size >= num_rows) if self.sizes else num_rows
@@ -99,7 +101,7 @@ class ModelRunner:
         seq_lens[:num_rows] = batch.num_computed
         seq_lens[:num_rows] += 1
         tensors = self._upload_decode(slots, seq_lens, num_rows, changes)
-        output = self.graphs.replay(size) or self._decode(tensors, size > num_rows, seq_lens)
+        output = self.graphs.replay(size) or self._decode(tensors, seq_lens)
         tokens, logits = output
         rows, seq_lens = slots[:num_rows], seq_lens[:num_rows]
         if needs_masks(self.slots, rows, seq_lens):  # the tokens drawn already are drawn again, from masked logits
@@ -109,7 +111,7 @@ class ModelRunner:
         return tokens[:num_rows]
 
     def _upload_decode(
-        self, slots: np.ndarray, seq_lens: np.ndarray, num_rows: int, changes: tuple[np.ndarray, np.ndarray]
+        self, slots: np.ndarray, seq_lens: np.ndarray, num_rows: int, changes: Changes | None
     ) -> dict[str, torch.Tensor]:
         positions = np.maximum(seq_lens - 1, 0)
         slot_mapping = self.slots.slot_mapping(slots, positions)
@@ -125,8 +127,11 @@ class ModelRunner:
             changes,
         )
 
-    def _decode(self, tensors: dict[str, torch.Tensor], has_padding: bool, host_seq_lens: np.ndarray) -> DecodeOutput:
-        """The whole decode step, from the tokens sampled last to the next ones.  This is what graphs capture."""
+    def _decode(self, tensors: dict[str, torch.Tensor], host_seq_lens: np.ndarray | None = None) -> DecodeOutput:
+        """The whole decode step, from the tokens sampled last to the next ones.  This is what graphs capture.
+
+        `host_seq_lens` is for the torch backend, which is never captured.
+        """
         slots = tensors["slots"]
         batch = ForwardBatch(
             token_ids=self.last_token[slots],
@@ -135,14 +140,13 @@ class ModelRunner:
             block_tables=self.block_table[slots],
             seq_lens=tensors["seq_lens"],
             num_decodes=slots.shape[0],
-            has_padding=has_padding,
-            host_seq_lens=host_seq_lens.tolist(),
+            host_seq_lens=[] if host_seq_lens is None else host_seq_lens.tolist(),
         )
         logits = self.model.compute_logits(*self.model(batch, self.kv_caches))
         inputs = sampling_inputs(tensors, len(slots))
         return sample(self.backend, logits, inputs, self.last_token), logits
 
-    def _mixed_step(self, batch: ScheduledBatch, changes: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+    def _mixed_step(self, batch: ScheduledBatch, changes: Changes) -> torch.Tensor:
         """Decodes and chunks of prompts in one pass.  Returns the tokens of the rows that sample: [sampled] int32."""
         slots = np.array(batch.slots, np.int32)
         num_computed = np.array(batch.num_computed, np.int32)
@@ -198,9 +202,7 @@ class ModelRunner:
             logits = mask_logits(logits, self.slots, slots[sampled], seq_lens[sampled], inputs.temperature)
         return sample(self.backend, logits, inputs, self.last_token)
 
-    def _upload(
-        self, arrays: dict[str, np.ndarray], changes: tuple[np.ndarray, np.ndarray] | None
-    ) -> dict[str, torch.Tensor]:
+    def _upload(self, arrays: dict[str, np.ndarray], changes: Changes | None) -> dict[str, torch.Tensor]:
         """Send a step's inputs, and bring the block table up to date."""
         if changes is None or not self.on_gpu or not len(changes[0]):
             return self.inputs.upload(arrays)
@@ -219,11 +221,9 @@ class ModelRunner:
         event.record()
         return StepTokens(host, event)
 
-    def _padding_step(self, size: int) -> DecodeOutput:
-        """A decode step of padding only."""
-        slots = np.full(size, self.slots.padding, np.int32)
-        seq_lens = np.zeros(size, np.int32)
-        return self._decode(self._upload_decode(slots, seq_lens, 0, None), True, seq_lens)
+    def _padding_inputs(self, size: int) -> dict[str, torch.Tensor]:
+        """The inputs of a decode step of padding only."""
+        return self._upload_decode(np.full(size, self.slots.padding, np.int32), np.zeros(size, np.int32), 0, None)
 
     def _profile(self, use_graphs: bool) -> None:
         """Run the largest steps there can be, for their memory to be measured; compiles every kernel on the way.
@@ -243,11 +243,11 @@ class ModelRunner:
             left -= num_tokens
         self.execute(batch).wait()
         size = self.slots.padding
-        _, logits = self._padding_step(size)
+        _, logits = self._decode(self._padding_inputs(size))
         ones = torch.ones(size, device=self.device)
         truncate(logits.float(), ones, ones.int(), ones, ones)
         if use_graphs:
-            self.graphs.capture(self.sizes[-1:], self._padding_step)
+            self.graphs.capture(self.sizes[-1:], self._padding_inputs, self._decode)
 
 
 def query_tiles(num_scheduled: np.ndarray, seq_lens: np.ndarray, num_decodes: int) -> np.ndarray:

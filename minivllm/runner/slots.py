@@ -29,7 +29,8 @@ class Slots:
         self.stop_token_ids: list[list[int]] = [[]] * n
 
     def apply(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Take in what `batch` says is new.  Returns the changes to `block_table`: flat indices (int64), values (int32)."""
+        """Take in what `batch` says is new.  Returns the changes to `block_table`: flat indices (int64), values
+        (int32)."""
         for request in batch.admitted:
             slot, params = request.slot, request.params
             self.token_ids[slot] = np.array(request.token_ids, np.int32)
@@ -40,7 +41,8 @@ class Slots:
             self.truncates[slot] = params.truncates
             self.min_tokens[slot] = params.min_tokens
             self.stop_token_ids[slot] = request.stop_token_ids
-        indices, values = [], []
+        indices: list[int] = []
+        values: list[int] = []
         for slot, column, blocks in batch.new_blocks:
             self.block_table[slot, column : column + len(blocks)] = blocks
             start = slot * self.block_table.shape[1] + column

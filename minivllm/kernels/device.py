@@ -1,0 +1,26 @@
+"""What the launchers need to know of the GPU at hand."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; 4 for the interpreter on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a program may use; an H100's for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+def num_buffers(device: torch.device, tile_bytes: int, fixed_bytes: int, most: int) -> int:
+    """How many tiles of a software pipeline fit in shared memory at once, beside `fixed_bytes`; 0 to `most`."""
+    return max(0, min(most, (shared_memory(device) - fixed_bytes) // tile_bytes))

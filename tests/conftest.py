@@ -1,0 +1,114 @@
+"""Options, and fixtures that many tests share: the embedded model, tiny random checkpoints, Hugging Face's tokens."""
+
+import functools
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so set before any is imported
+    torch.set_num_threads(2)
+
+# Tiny LLaMA checkpoints, by name.  `shard`: as several safetensors files.
+TINY = {
+    "mha": dict(num_key_value_heads=4),
+    "gqa-tied": dict(num_key_value_heads=2, tie_word_embeddings=True),
+    "bias": dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+    "odd-head-dim": dict(num_key_value_heads=1, head_dim=20, rope_parameters=dict(rope_theta=500.0)),
+    "llama3-rope-sharded": dict(
+        num_key_value_heads=2,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=100.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+        shard="60KB",
+    ),
+}
+TINY_VOCAB = 157
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the full grids too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="needs --slow"))
+        if "gpu" in item.keywords and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The folder of the embedded model."""
+    from minivllm.loading import embedded_model
+
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(name): the folder of a random float32 checkpoint out of TINY, without tokenizer or end-of-sequence."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    @functools.cache
+    def make(name):
+        options = dict(TINY[name])
+        shard = options.pop("shard", "1GB")
+        torch.manual_seed(list(TINY).index(name))
+        settings = dict(
+            vocab_size=TINY_VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=False,
+            initializer_range=0.3,  # large, so that greedy tokens vary and hang on every part of the model
+            bos_token_id=None,
+            eos_token_id=None,
+            dtype="float32",
+        )
+        model = LlamaForCausalLM(LlamaConfig(**settings | options))
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name or "bias" in parameter_name:  # else all ones, all zeros
+                torch.nn.init.normal_(parameter, float("norm" in parameter_name), 0.3)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder, max_shard_size=shard)
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hugging_face():
+    """hugging_face(folder): Hugging Face's model, float32, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    return functools.cache(lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+@pytest.fixture(scope="session")
+def greedy(hugging_face):
+    """greedy(folder, prompts, n): the n tokens that Hugging Face's `generate` continues each prompt with, greedily."""
+
+    @functools.cache
+    @torch.inference_mode()
+    def generate(folder, prompts, num_tokens):
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        model = hugging_face(folder)
+        model.generation_config.update(eos_token_id=None, pad_token_id=0)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=num_tokens)
+        assert out.shape[1] == longest + num_tokens
+        return out[:, longest:].tolist()
+
+    return lambda folder, prompts, num_tokens: generate(folder, tuple(map(tuple, prompts)), num_tokens)

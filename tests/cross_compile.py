@@ -1,0 +1,74 @@
+"""Compile every kernel, as its launcher calls it, for GPUs that are not here; print what each needs.  Run without the
+interpreter: python cross_compile.py CAPABILITY SHARED_MEMORY_BYTES."""
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import minivllm.kernels.device as device
+from minivllm import kernels
+
+capability, limit = int(sys.argv[1]), int(sys.argv[2])
+device.shared_memory.cache_clear()
+device.shared_memory = lambda _: limit
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+LAUNCH_OPTIONS = ("num_warps", "num_stages")
+compiled = {}
+
+
+def compile_instead(kernel, *args, grid, warmup, **kwargs):
+    """Stand in for a launch: compile for the target with the types and constants of this call."""
+    options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    constants = {
+        name: value for name, value in values.items() if kernel.params[kernel.arg_names.index(name)].is_constexpr
+    }
+    signature = {
+        name: "constexpr" if name in constants
+        else TYPES[value.dtype] if isinstance(value, torch.Tensor)
+        else "fp32" if isinstance(value, float) else "i32"
+        for name, value in values.items()
+    }  # fmt: skip
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, value in values.items()
+        if name not in constants and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0))
+    }
+    key = (kernel.__name__, tuple(signature.values()), tuple(constants.values()))
+    if key not in compiled:
+        source = ASTSource(kernel, signature, constants, attributes)
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert binary.asm["cubin"]
+        compiled[key] = dict(
+            kernel=kernel.__name__, types=key[1][0], shared=binary.metadata.shared, constants=str(constants)
+        )
+        print(json.dumps(compiled[key]), flush=True)
+
+
+JITFunction.run = compile_instead
+
+for dtype in (torch.bfloat16, torch.float32):
+    for heads, kv_heads, head_dim, block_size in [(32, 8, 128, 64), (9, 3, 64, 16), (8, 1, 256, 64)]:
+        q = torch.zeros(2, heads, head_dim, dtype=dtype)
+        k = torch.zeros(2, block_size, kv_heads, head_dim, dtype=dtype)
+        table = lens = starts = torch.ones(2, 2, dtype=torch.int32)
+        kernels.paged_attention_decode(q, k, k, table, lens, 0.1)
+        kernels.paged_attention_prefill(q, k, k, table, lens, starts, table, 0.1)
+        qkv = torch.zeros(2, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+        kernels.rope_and_store_kv(qkv, lens, torch.zeros(2, head_dim), k, k, torch.zeros(2, dtype=torch.int64), heads)
+    x = torch.zeros(2, 4096, dtype=dtype)
+    kernels.rms_norm(x, x[0], 1e-5)
+    kernels.add_rms_norm(x, x.clone(), x[0], 1e-5)
+    kernels.silu_and_mul(x)
+    kernels.sample(x, torch.ones(2), torch.ones(2, dtype=torch.int64), lens[0], lens[0], lens[0])

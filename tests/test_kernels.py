@@ -1,0 +1,192 @@
+"""Kernels against float32 references on fresh random inputs: in Triton's interpreter on a CPU, for real on a GPU."""
+
+import math
+
+import pytest
+import torch
+
+from minivllm import kernels
+from minivllm.backends.torch_backend import TorchBackend, gumbel_noise
+from minivllm.runner.forward_batch import ForwardBatch
+from minivllm.runner.model_runner import query_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's tl.dot is wrong on bfloat16.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def error(out, ref):
+    return ((out.float() - ref.float()).norm() / ref.float().norm()).item()
+
+
+def paged(seq_lens, kv_heads, head_dim, block_size, dtype, *, num_columns=None, layout="nhd"):
+    """(k_cache, v_cache, block_tables, keys, values): random caches under permuted blocks, every slot that no sequence
+    uses poisoned with NaN; keys[r], values[r]: [len, kv_heads, head_dim]."""
+    columns = num_columns or max(1, max(-(-n // block_size) for n in seq_lens))
+    num_blocks = sum(-(-n // block_size) for n in seq_lens) + 3
+    shape = (num_blocks, block_size, kv_heads, head_dim)
+    if layout == "hnd":
+        shape = (num_blocks, kv_heads, block_size, head_dim)
+    k, v = (torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    if layout == "hnd":
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    order = iter(torch.randperm(num_blocks).tolist())
+    tables = torch.full((len(seq_lens), columns), next(order), dtype=torch.int32, device=DEVICE)
+    keys, values = [], []
+    for row, n in enumerate(seq_lens):
+        keys.append(torch.randn(n, kv_heads, head_dim, dtype=dtype, device=DEVICE))
+        values.append(torch.randn(n, kv_heads, head_dim, dtype=dtype, device=DEVICE))
+        for start in range(0, n, block_size):
+            block = next(order)
+            tables[row, start // block_size] = block
+            end = min(start + block_size, n)
+            k[block, : end - start], v[block, : end - start] = keys[-1][start:end], values[-1][start:end]
+    return k, v, tables, keys, values
+
+
+def reference(q, keys, values, scale):
+    """Causal attention of the last queries of a sequence in float64.  q: [queries, heads, head_dim]."""
+    group = q.shape[1] // keys.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1) for x in (keys, values))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    n_q, n_k = q.shape[0], keys.shape[0]
+    mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+DECODE_LENGTHS = [1, 2, 63, 64, 65, 128, 200, 17]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, block_size",
+    [
+        (4, 4, 64, 64),
+        (8, 2, 128, 64),
+        (3, 1, 80, 16),
+        (16, 2, 96, 32),
+        (2, 2, 256, 128),
+        (9, 3, 64, 64),
+        (4, 2, 20, 16),
+    ],
+)
+def test_decode(heads, kv_heads, head_dim, block_size, dtype):
+    k, v, tables, keys, values = paged(DECODE_LENGTHS, kv_heads, head_dim, block_size, dtype)
+    q = torch.randn(len(DECODE_LENGTHS), heads, head_dim, dtype=dtype, device=DEVICE)
+    scale = 1 / math.sqrt(head_dim)
+    out = torch.full_like(q, float("nan"))
+    kernels.paged_attention_decode(q, k, v, tables, int32(DECODE_LENGTHS), scale, out=out)
+    ref = torch.cat([reference(q[i : i + 1], keys[i], values[i], scale) for i in range(len(q))])
+    assert error(out, ref) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("seq_lens", [[1], [700], [0], [0, 5, 0], [300, 1, 0, 64], [1000] + [3] * 7])
+def test_decode_splits(seq_lens, layout):
+    """One row cut into many pieces, many rows in one piece, and empty rows: zeros, never NaN."""
+    k, v, tables, keys, values = paged(seq_lens, 2, 32, 64, torch.float32, num_columns=20, layout=layout)
+    q = torch.randn(len(seq_lens), 4, 32, device=DEVICE)
+    out = torch.full_like(q, float("nan"))
+    plan = kernels.plan_paged_decode(q, k, tables, int32(seq_lens))
+    kernels.paged_attention_decode(q, k, v, tables, int32(seq_lens), 0.3, plan=plan, out=out)
+    for i, n in enumerate(seq_lens):
+        ref = reference(q[i : i + 1], keys[i], values[i], 0.3)[0] if n else torch.zeros_like(out[i])
+        torch.testing.assert_close(out[i].double(), ref.double(), atol=1e-5, rtol=1e-4)
+
+
+def test_decode_last_column():
+    """A sequence that fills every column of its block table, the last block to the last token."""
+    k, v, tables, keys, values = paged([256], 1, 64, 64, torch.float32, num_columns=4)
+    q = torch.randn(1, 2, 64, device=DEVICE)
+    out = kernels.paged_attention_decode(q, k, v, tables, int32([256]), 0.1)
+    assert error(out, reference(q, keys[0], values[0], 0.1)) < 1e-5
+
+
+PREFILL = [(1, 1), (5, 5), (64, 64), (130, 130), (1, 90), (33, 97), (70, 200)]  # queries, keys
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, block_size",
+    [(2, 2, 64, 64), (4, 1, 128, 32), (3, 1, 80, 16), (2, 1, 256, 64), (2, 2, 20, 16)],
+)
+def test_prefill(heads, kv_heads, head_dim, block_size, dtype):
+    """Rows of different lengths, with and without a cached prefix, behind two rows that are decodes (no tiles)."""
+    queries, seq_lens = [1, 1, *(n for n, _ in PREFILL)], [9, 70, *(n for _, n in PREFILL)]
+    k, v, tables, keys, values = paged(seq_lens, kv_heads, head_dim, block_size, dtype)
+    starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
+    q = torch.randn(starts[-1], heads, head_dim, dtype=dtype, device=DEVICE)
+    tiles = torch.from_numpy(query_tiles(int32(queries).cpu().numpy(), int32(seq_lens).cpu().numpy(), 2)).to(DEVICE)
+    out = torch.full_like(q, float("nan"))
+    kernels.paged_attention_prefill(q, k, v, tables, int32(seq_lens), int32(starts), tiles, 0.11, out)
+    assert out[:2].isnan().all()
+    for i in range(2, len(queries)):
+        ref = reference(q[starts[i] : starts[i + 1]], keys[i], values[i], 0.11)
+        assert error(out[starts[i] : starts[i + 1]], ref) < TOLERANCE[dtype], PREFILL[i - 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (3, 1, 80), (32, 32, 128)])
+def test_rope_and_store_kv(heads, kv_heads, head_dim, dtype):
+    """Against the torch backend; a slot of −1 writes nothing, and all other slots keep what they had."""
+    tokens, block_size = 5, 16
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=DEVICE)
+    cos_sin = torch.randn(40, head_dim, device=DEVICE)
+    positions, slots = int32([0, 39, 7, 7, 0]), torch.tensor([3, 40, 17, 0, -1], device=DEVICE)
+    caches = [torch.randn(4, block_size, kv_heads, head_dim, device=DEVICE).to(dtype) for _ in range(2)]
+    expected = [c.clone() for c in caches]
+    batch = ForwardBatch(positions, positions, slots, positions, positions, 0)
+    ref_q = TorchBackend().rotate_and_store(qkv.clone(), cos_sin, heads, tuple(expected), batch)
+    q = kernels.rope_and_store_kv(qkv, positions, cos_sin, *caches, slots, heads)
+    assert error(q, ref_q) < TOLERANCE[dtype]
+    for cache, ref in zip(caches, expected, strict=True):
+        torch.testing.assert_close(cache, ref, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 576, 4096])
+def test_norms(size, dtype):
+    x, residual = (torch.randn(3, size, dtype=dtype, device=DEVICE) for _ in range(2))
+    weight = torch.randn(size, dtype=dtype, device=DEVICE)
+    backend = TorchBackend()
+    assert error(kernels.rms_norm(x, weight, 1e-5), backend.rms_norm(x, weight, 1e-5)) < TOLERANCE[dtype]
+    ref, ref_sum = backend.add_rms_norm(x, residual, weight, 1e-5)
+    out, total = kernels.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    assert error(out, ref) < TOLERANCE[dtype] and error(total, ref_sum) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [48, 1536])
+def test_silu_and_mul(size, dtype):
+    x = torch.randn(3, 2 * size, dtype=dtype, device=DEVICE)
+    assert error(kernels.silu_and_mul(x), TorchBackend().silu_and_mul(x)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("vocab_size", [50, 8192, 20000])
+def test_sample(vocab_size):
+    """The same tokens as the torch backend, greedy and drawn, written to the slots too; ties go to the lowest id."""
+    rows = 6
+    logits = torch.randn(rows, vocab_size, device=DEVICE)
+    logits[0, [3, 40]] = 100.0
+    temperature = torch.tensor([0.0, 0.0, 1.0, 0.5, 2.0, 1.0], device=DEVICE)
+    seeds = torch.tensor([1, 2, 3, -4, 2**62 + 5, 3], device=DEVICE)
+    arguments = (temperature, seeds, int32([0, 5, 0, 7, 900, 1]))
+    slots = int32([5, 0, 1, 2, 4, 3])
+    ref_last, last = int32([-1] * 7), int32([-1] * 7)
+    ref = TorchBackend().sample(logits, *arguments, ref_last, slots)
+    assert torch.equal(kernels.sample(logits, *arguments, last, slots), ref)
+    assert ref[0] == 3 and torch.equal(last, ref_last) and last[6] == -1
+
+
+def test_gumbel_noise_is_a_fixed_function():
+    """Seeds must mean the same tomorrow."""
+    noise = gumbel_noise(torch.tensor([42]), torch.tensor([7], dtype=torch.int32), 4)[0]
+    torch.testing.assert_close(noise, torch.tensor(GOLDEN_NOISE))
+
+
+GOLDEN_NOISE = [-0.166388, -0.098927, 0.730256, 2.194967]
