@@ -9,7 +9,6 @@ import torch
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so set before any is imported
-    torch.set_num_threads(2)
 
 # Tiny LLaMA checkpoints, by name.  `shard`: as several safetensors files.
 TINY = {
@@ -43,6 +42,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs --slow"))
         if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def num_threads(request):
+    """Two threads for the embedded model, one for what is tiny: on busy cores, threads that wait for each other in
+    thousands of small operations take a hundred times as long."""
+    if not ON_GPU:
+        torch.set_num_threads(2 if "embedded" in request.fixturenames else 1)
 
 
 @pytest.fixture(scope="session")

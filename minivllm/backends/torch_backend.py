@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from minivllm.backends.base import Backend, KVCache
 from minivllm.runner.forward_batch import ForwardBatch
+
+
+@dataclass(slots=True)
+class TorchPlan:
+    """What is the same in all layers of a step."""
+
+    cos: torch.Tensor  # [T, 1, D] float32
+    signed_sin: torch.Tensor  # [T, 1, D] float32: −sin, sin
+    stored: torch.Tensor | slice  # the tokens whose K and V are kept: all but padding
+    slots: torch.Tensor  # where
+    decode_groups: list[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]  # rows, block tables, mask
 
 
 class TorchBackend(Backend):
@@ -41,20 +55,20 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         k_cache, v_cache = kv_cache
         _, _, kv_heads, head_dim = k_cache.shape
+        plan = self._plan(batch, cos_sin, k_cache.shape[1])
         heads = qkv.reshape(qkv.shape[0], num_heads + 2 * kv_heads, head_dim)
-        cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, -1)  # [T, 1, D / 2] each
-        x1, x2 = heads[:, : num_heads + kv_heads].float().chunk(2, -1)
-        rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(qkv.dtype)
-        used = batch.slot_mapping >= 0  # all but padding
-        slots, k, v = batch.slot_mapping[used], rotated[used, num_heads:], heads[used, num_heads + kv_heads :]
-        k_cache.view(-1, kv_heads, head_dim).index_copy_(0, slots, k)
-        v_cache.view(-1, kv_heads, head_dim).index_copy_(0, slots, v)
+        x = heads[:, : num_heads + kv_heads].float()
+        swapped = torch.cat([x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1)
+        rotated = torch.addcmul(x * plan.cos, swapped, plan.signed_sin).to(qkv.dtype)
+        k, v = rotated[plan.stored, num_heads:], heads[plan.stored, num_heads + kv_heads :]
+        k_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, k)
+        v_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, v)
         return rotated[:, :num_heads]
 
     def attention(self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for rows, mask in batch.decode_groups():
-            out[rows] = self._decode(q[rows], kv_cache, batch.block_tables[rows], mask, scale)
+        for rows, tables, mask in batch.plan.decode_groups:
+            out[rows] = self._decode(q[rows], kv_cache, tables, mask, scale)
         for row in range(batch.num_decodes, len(batch.host_seq_lens)):
             begin, end = batch.host_query_start_loc[row], batch.host_query_start_loc[row + 1]
             out[begin:end] = self._prefill(
@@ -63,14 +77,14 @@ class TorchBackend(Backend):
         return out
 
     def _decode(
-        self, q: torch.Tensor, kv_cache: KVCache, block_tables: torch.Tensor, mask: torch.Tensor, scale: float
+        self, q: torch.Tensor, kv_cache: KVCache, tables: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Rows of similar length.  q: [R, H, D]; mask: [R, 1, 1, keys], True where there is a key."""
+        """Rows of similar length.  q: [R, H, D]; tables: [R, columns]; mask: [R, 1, 1, columns · block_size]."""
         rows, num_heads, head_dim = q.shape
-        num_keys = mask.shape[-1]
-        block_size, kv_heads = kv_cache[0].shape[1:3]
-        tables = block_tables[:, : -(-num_keys // block_size)]
-        k, v = (c[tables].view(rows, -1, kv_heads, head_dim)[:, :num_keys].transpose(1, 2) for c in kv_cache)
+        kv_heads = kv_cache[0].shape[2]
+        k, v = (
+            c.index_select(0, tables.flatten()).view(rows, -1, kv_heads, head_dim).transpose(1, 2) for c in kv_cache
+        )
         grouped = q.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)  # heads of one KV head as its queries
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
         return out.reshape(rows, num_heads, head_dim)
@@ -81,8 +95,10 @@ class TorchBackend(Backend):
         """One row.  q: [queries, H, D], the last of seq_len tokens."""
         num_queries = q.shape[0]
         block_size, kv_heads, head_dim = kv_cache[0].shape[1:]
-        table = block_table[: -(-seq_len // block_size)]
-        k, v = (c[table].view(1, -1, kv_heads, head_dim)[:, :seq_len].transpose(1, 2) for c in kv_cache)
+        blocks = block_table[: -(-seq_len // block_size)]
+        k, v = (
+            c.index_select(0, blocks).view(1, -1, kv_heads, head_dim)[:, :seq_len].transpose(1, 2) for c in kv_cache
+        )
         mask = None
         if num_queries < seq_len:
             mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q.device).tril(seq_len - num_queries)
@@ -90,6 +106,20 @@ class TorchBackend(Backend):
             q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
+
+    def _plan(self, batch: ForwardBatch, cos_sin: torch.Tensor, block_size: int) -> TorchPlan:
+        if batch.plan is None:
+            cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, -1)  # [T, 1, D / 2] each
+            is_stored = batch.slot_mapping >= 0
+            stored = slice(None) if is_stored.all() else is_stored
+            batch.plan = TorchPlan(
+                torch.cat([cos, cos], -1),
+                torch.cat([-sin, sin], -1),
+                stored,
+                batch.slot_mapping[stored],
+                list(_decode_groups(batch, block_size)),
+            )
+        return batch.plan
 
     def sample(
         self,
@@ -109,6 +139,25 @@ class TorchBackend(Backend):
         tokens = logits.argmax(-1).to(torch.int32)
         last_token[slots] = tokens
         return tokens
+
+
+def _decode_groups(
+    batch: ForwardBatch, block_size: int
+) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]:
+    """The decode rows in groups of similar length, so that padding each to its longest costs little.
+
+    Yields (rows, block tables [rows, columns], mask [rows, 1, 1, columns · block_size], True where there is a key).
+    """
+    groups: dict[int, list[int]] = {}
+    for row in range(batch.num_decodes):
+        groups.setdefault(max(batch.host_seq_lens[row], 128).bit_length(), []).append(row)
+    device = batch.seq_lens.device
+    for members in groups.values():
+        rows = slice(0, batch.num_decodes) if len(groups) == 1 else torch.tensor(members, device=device)
+        columns = max(1, *(-(-batch.host_seq_lens[row] // block_size) for row in members))
+        seq_lens = batch.seq_lens[rows].clamp(min=1)  # a padded row sees one key, not none
+        mask = torch.arange(columns * block_size, device=device)[None, :] < seq_lens[:, None]
+        yield rows, batch.block_tables[rows, :columns], mask[:, None, None, :]
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -35,9 +35,9 @@ class TritonBackend(Backend):
         n = batch.num_decodes
         if n:
             tables, seq_lens = batch.block_tables[:n], batch.seq_lens[:n]
-            if batch.decode_plan is None:  # the first layer plans for all
-                batch.decode_plan = kernels.plan_paged_decode(q[:n], kv_cache[0], tables, seq_lens)
-            kernels.paged_attention_decode(q[:n], *kv_cache, tables, seq_lens, scale, batch.decode_plan, out[:n])
+            if batch.plan is None:  # the first layer plans for all
+                batch.plan = kernels.plan_paged_decode(q[:n], kv_cache[0], tables, seq_lens)
+            kernels.paged_attention_decode(q[:n], *kv_cache, tables, seq_lens, scale, batch.plan, out[:n])
         if batch.query_tiles is not None:
             assert batch.query_start_loc is not None
             kernels.paged_attention_prefill(

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minivllm.kernels.device import num_multiprocessors, num_buffers
+from minivllm.kernels.device import num_buffers, num_multiprocessors
 
 TILE = 64  # tokens
 WORKERS_PER_MULTIPROCESSOR = 2
@@ -245,8 +245,8 @@ def paged_attention_decode(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    # The workers of a multiprocessor share its memory.  A tile in flight takes two stages of Triton's pipeline: its block
-    # number is loaded before it.
+    # The workers of a multiprocessor share its memory.  A tile in flight takes two stages of Triton's pipeline: its
+    # block number is loaded before it.
     tile_bytes = 2 * TILE * block_d * q.element_size()
     buffers = num_buffers(q.device, WORKERS_PER_MULTIPROCESSOR * tile_bytes, 20 << 10, most=2)
     _decode_kernel[(plan.num_workers,)](

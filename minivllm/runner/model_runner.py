@@ -66,7 +66,7 @@ class ModelRunner:
         self.inputs = StepInputs(32 * self.max_num_tokens + 64 * num_slots * (num_columns + 1) + 4096, self.device)
         self.on_gpu = self.device.type == "cuda"
         # Eager decode steps pad to the graphs' sizes too: the same kernels on the same shapes give the same bits.
-        self.sizes = graph_sizes(config.max_num_seqs) if self.on_gpu else []
+        self.sizes = graph_sizes(config.max_num_seqs) if config.backend == "triton" else []
         self._host_tokens = [
             torch.empty(num_slots, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS if self.on_gpu else 0)
         ]
