@@ -121,7 +121,7 @@ def test_prefill(heads, kv_heads, head_dim, block_size, dtype):
     k, v, tables, keys, values = paged(seq_lens, kv_heads, head_dim, block_size, dtype)
     starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
     q = torch.randn(starts[-1], heads, head_dim, dtype=dtype, device=DEVICE)
-    tiles = torch.from_numpy(query_tiles(int32(queries).cpu().numpy(), int32(seq_lens).cpu().numpy(), 2)).to(DEVICE)
+    tiles = torch.from_numpy(query_tiles(int32(queries).cpu().numpy(), 2)).to(DEVICE)
     out = torch.full_like(q, float("nan"))
     kernels.paged_attention_prefill(q, k, v, tables, int32(seq_lens), int32(starts), tiles, 0.11, out)
     assert out[:2].isnan().all()

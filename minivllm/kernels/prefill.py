@@ -1,7 +1,8 @@
 """Paged prefill attention: packed queries of varying length, causal, over paged K and V (FlashAttention-2, Dao 2023).
 
-One program computes one tile of queries of one head.  The host lists the tiles, those with most keys first, so that the
-grid has no empty programs and ends evenly.  Keys before the tile's first query need no mask and run in a loop of their
+One program computes one tile of queries of one head.  The host lists the tiles, so that the grid has no empty programs,
+row by row, so that programs which run together read the same keys, and in a row those with most keys first, so that it
+ends evenly.  Keys before the tile's first query need no mask and run in a loop of their
 own; the diagonal runs in a second one.  The softmax scale is applied here and nowhere else.
 """
 
@@ -75,10 +76,10 @@ def _prefill_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1) // SPLIT
+    tile = tl.program_id(0) // SPLIT
     row = tl.load(query_tiles + tile * 2)
-    first = tl.load(query_tiles + tile * 2 + 1) + tl.program_id(1) % SPLIT * BLOCK_M
-    head = tl.program_id(0)
+    first = tl.load(query_tiles + tile * 2 + 1) + tl.program_id(0) % SPLIT * BLOCK_M
+    head = tl.program_id(1)
     q_start = tl.load(query_start_loc + row)
     q_len = tl.load(query_start_loc + row + 1) - q_start
     if first >= q_len:
@@ -142,7 +143,7 @@ def paged_attention_prefill(
     block_m = QUERY_TILE // split
     fixed_bytes = block_m * (row_bytes + tile * q.element_size())  # queries and probabilities
     buffers = num_buffers(q.device, 2 * tile * row_bytes, fixed_bytes, most=2)
-    _prefill_kernel[(num_heads, query_tiles.shape[0] * split)](
+    _prefill_kernel[(query_tiles.shape[0] * split, num_heads)](
         q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale * LOG2E,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),

@@ -171,7 +171,7 @@ class ModelRunner:
                 "slot_mapping": self.slots.slot_mapping(slots[row_of_token], positions),
                 "token_ids": token_ids,
                 "query_start_loc": query_start_loc,
-                "query_tiles": query_tiles(num_scheduled, seq_lens, batch.num_decodes),
+                "query_tiles": query_tiles(num_scheduled, batch.num_decodes),
                 "last_tokens_of_rows": query_start_loc[1:][sampled] - 1,
                 **sampling_arrays(self.slots, slots[sampled], seq_lens[sampled]),
             },
@@ -250,12 +250,10 @@ class ModelRunner:
             self.graphs.capture(self.sizes[-1:], self._padding_inputs, self._decode)
 
 
-def query_tiles(num_scheduled: np.ndarray, seq_lens: np.ndarray, num_decodes: int) -> np.ndarray:
-    """[tiles, 2] int32: the row and first query of every tile of prefill attention, those with most keys first."""
+def query_tiles(num_scheduled: np.ndarray, num_decodes: int) -> np.ndarray:
+    """[tiles, 2] int32: the row and first query of every tile of prefill attention; in a row, the last tile first."""
     num_tiles = -(-num_scheduled // QUERY_TILE)
     num_tiles[:num_decodes] = 0
     rows = np.repeat(np.arange(len(num_tiles)), num_tiles)
-    first = (np.arange(len(rows)) - (np.cumsum(num_tiles) - num_tiles)[rows]) * QUERY_TILE
-    num_keys = (seq_lens - num_scheduled)[rows] + first
-    order = np.argsort(-num_keys, kind="stable")
-    return np.stack([rows, first], 1)[order].astype(np.int32)
+    tiles_left = np.cumsum(num_tiles)[rows] - np.arange(len(rows)) - 1
+    return np.stack([rows, tiles_left * QUERY_TILE], 1).astype(np.int32)
