@@ -3,6 +3,9 @@
 import functools
 import os
 
+# Read when torch is loaded: threads that wait sleep, since on busy cores those that spin take tens of times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
@@ -46,8 +49,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def num_threads(request):
-    """Two threads for the embedded model, one for what is tiny: on busy cores, threads that wait for each other in
-    thousands of small operations take a hundred times as long."""
+    """Two threads for the embedded model, one for what is tiny."""
     if not ON_GPU:
         torch.set_num_threads(2 if "embedded" in request.fixturenames else 1)
 

@@ -9,13 +9,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import minivllm.kernels.device as device
+import minivllm.kernels.prefill as prefill
 from minivllm import kernels
 
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
-device.shared_memory.cache_clear()
 device.shared_memory = lambda _: limit
+prefill.has_tensor_copies = lambda _: capability >= 90
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -37,6 +39,7 @@ def compile_instead(kernel, *args, grid, warmup, **kwargs):
     signature = {
         name: "constexpr" if name in constants
         else TYPES[value.dtype] if isinstance(value, torch.Tensor)
+        else f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>" if isinstance(value, TensorDescriptor)
         else "fp32" if isinstance(value, float) else "i32"
         for name, value in values.items()
     }  # fmt: skip

@@ -25,16 +25,13 @@ class TorchPlan:
 
 class TorchBackend(Backend):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.is_cuda or x.dtype != torch.float32:
+        if x.is_cuda or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
             return F.linear(x, weight, bias)
-        # W xᵀ instead of x Wᵀ: the same product, but the CPU's library runs it 1.4 to 5 times as fast for few rows, and
-        # two rows faster than one.
-        rows = x.shape[0]
-        if rows == 1:
-            x = x.repeat(2, 1)
-        out = torch.mm(weight, x.t()).t()
-        out = out[:rows]
-        return out if bias is None else out + bias
+        # F.linear takes BLAS, which for these shapes is half as fast as oneDNN; and for a few rows Wxᵀ is faster still.
+        if 2 <= x.shape[0] <= 4:
+            out = torch.mm(weight, x.t()).t()
+            return out if bias is None else out + bias
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x32 = x.float()

@@ -21,6 +21,12 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
+@functools.cache
+def has_tensor_copies(device: torch.device) -> bool:
+    """Whether the GPU copies whole tiles by descriptor (TMA, from Hopper on); the interpreter on a CPU does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def num_buffers(device: torch.device, tile_bytes: int, fixed_bytes: int, most: int) -> int:
     """How many tiles of a software pipeline fit in shared memory at once, beside `fixed_bytes`; 0 to `most`."""
     return max(0, min(most, (shared_memory(device) - fixed_bytes) // tile_bytes))

@@ -3,7 +3,8 @@
 One program computes one tile of queries of one head.  The host lists the tiles, so that the grid has no empty programs,
 row by row, so that programs which run together read the same keys, and in a row those with most keys first, so that it
 ends evenly.  Keys before the tile's first query need no mask and run in a loop of their
-own; the diagonal runs in a second one.  The softmax scale is applied here and nowhere else.
+own; the diagonal runs in a second one.  Where the GPU can copy whole tiles by descriptor, and a tile lies in one block,
+they are copied so.  The softmax scale is applied here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,50 +12,58 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minivllm.kernels.device import num_buffers
+from minivllm.kernels.device import has_tensor_copies, num_buffers
 from minivllm.kernels.paged_decode import LOG2E
 from minivllm.runner.forward_batch import QUERY_TILE
 
 KEY_TILE = 64
-NUM_WARPS = 8
 
 
 @triton.jit
 def _attend(
     acc, l, m, q_tile, k_cache, v_cache, table, begin, end, positions, kv_len, scale_log2e, kv_head,  # noqa: E741
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    offs_d, mask_d, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, mask_d,
+    MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    TENSOR_COPIES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attend to key tiles [begin, end), masked by causality and length if MASKED."""
     offs_n = tl.arange(0, TILE)
+    offs_d = tl.arange(0, BLOCK_D)
     k_offs = offs_n[:, None] * stride_kt + offs_d[None, :]
     v_offs = offs_n[:, None] * stride_vt + offs_d[None, :]
     for t in tl.range(begin, end, num_stages=STAGES):
         tokens = t * TILE + offs_n
-        if BLOCK_SIZE % TILE == 0:  # a tile lies in one block: one scalar load
-            block = tl.load(table + (t * TILE) // BLOCK_SIZE).to(tl.int64)
-            first = (t * TILE) % BLOCK_SIZE
-            k_ptrs = k_cache + (block * stride_kb + first * stride_kt + kv_head * stride_kh) + k_offs
-            v_ptrs = v_cache + (block * stride_vb + first * stride_vt + kv_head * stride_vh) + v_offs
+        in_length = tokens < kv_len
+        if TENSOR_COPIES:
+            block = tl.load(table + (t * TILE) // BLOCK_SIZE)
+            k = k_cache.load([block, (t * TILE) % BLOCK_SIZE, kv_head, 0]).reshape(TILE, BLOCK_D)
+            v = v_cache.load([block, (t * TILE) % BLOCK_SIZE, kv_head, 0]).reshape(TILE, BLOCK_D)
+            if MASKED:
+                v = tl.where(in_length[:, None], v, 0.0)  # nothing times what was never written could be NaN
         else:
-            blocks = tl.load(table + tokens // BLOCK_SIZE, tokens < kv_len, 0).to(tl.int64)
-            within = tokens % BLOCK_SIZE
-            k_rows = blocks * stride_kb + within * stride_kt + kv_head * stride_kh
-            v_rows = blocks * stride_vb + within * stride_vt + kv_head * stride_vh
-            k_ptrs = k_cache + k_rows[:, None] + offs_d[None, :]
-            v_ptrs = v_cache + v_rows[:, None] + offs_d[None, :]
-        if MASKED:
-            mask = (tokens < kv_len)[:, None] & mask_d[None, :]
-            k = tl.load(k_ptrs, mask, 0.0)
-            v = tl.load(v_ptrs, mask, 0.0)
-        elif EVEN_D:
-            k = tl.load(k_ptrs)
-            v = tl.load(v_ptrs)
-        else:
-            k = tl.load(k_ptrs, mask_d[None, :], 0.0)
-            v = tl.load(v_ptrs, mask_d[None, :], 0.0)
+            if BLOCK_SIZE % TILE == 0:  # a tile lies in one block: one scalar load
+                block = tl.load(table + (t * TILE) // BLOCK_SIZE).to(tl.int64)
+                first = (t * TILE) % BLOCK_SIZE
+                k_ptrs = k_cache + (block * stride_kb + first * stride_kt + kv_head * stride_kh) + k_offs
+                v_ptrs = v_cache + (block * stride_vb + first * stride_vt + kv_head * stride_vh) + v_offs
+            else:
+                blocks = tl.load(table + tokens // BLOCK_SIZE, in_length, 0).to(tl.int64)
+                within = tokens % BLOCK_SIZE
+                k_rows = blocks * stride_kb + within * stride_kt + kv_head * stride_kh
+                v_rows = blocks * stride_vb + within * stride_vt + kv_head * stride_vh
+                k_ptrs = k_cache + k_rows[:, None] + offs_d[None, :]
+                v_ptrs = v_cache + v_rows[:, None] + offs_d[None, :]
+            if MASKED:
+                k = tl.load(k_ptrs, in_length[:, None] & mask_d[None, :], 0.0)
+                v = tl.load(v_ptrs, in_length[:, None] & mask_d[None, :], 0.0)
+            elif EVEN_D:
+                k = tl.load(k_ptrs)
+                v = tl.load(v_ptrs)
+            else:
+                k = tl.load(k_ptrs, mask_d[None, :], 0.0)
+                v = tl.load(v_ptrs, mask_d[None, :], 0.0)
         scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
         if MASKED:
             scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
@@ -74,7 +83,8 @@ def _prefill_kernel(
     stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bt,
     stride_ot, stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TENSOR_COPIES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // SPLIT
     row = tl.load(query_tiles + tile * 2)
@@ -101,13 +111,13 @@ def _prefill_kernel(
     end = tl.cdiv(tl.minimum(kv_len - q_len + first + BLOCK_M, kv_len), TILE)
     acc, l, m = _attend(  # noqa: E741
         acc, l, m, q_tile, k_cache, v_cache, table, 0, diagonal, positions, kv_len, scale_log2e, kv_head,
-        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-        offs_d, mask_d, False, BLOCK_SIZE, TILE, STAGES, HEAD_DIM == BLOCK_D,
+        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, mask_d,
+        False, BLOCK_SIZE, TILE, BLOCK_D, HEAD_DIM == BLOCK_D, TENSOR_COPIES, STAGES,
     )  # fmt: skip
     acc, l, m = _attend(  # noqa: E741
         acc, l, m, q_tile, k_cache, v_cache, table, diagonal, end, positions, kv_len, scale_log2e, kv_head,
-        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-        offs_d, mask_d, True, BLOCK_SIZE, TILE, STAGES, HEAD_DIM == BLOCK_D,
+        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, mask_d,
+        True, BLOCK_SIZE, TILE, BLOCK_D, HEAD_DIM == BLOCK_D, TENSOR_COPIES, STAGES,
     )  # fmt: skip
     o = out + rows[:, None] * stride_ot + head * stride_oh + offs_d[None, :]
     tl.store(o, (acc / l[:, None]).to(out.dtype.element_ty), mask)
@@ -139,15 +149,21 @@ def paged_attention_prefill(
     block_d = max(16, triton.next_power_of_2(head_dim))
     row_bytes = block_d * q.element_size()  # long rows (float32, heads of 256) take smaller tiles, to fit smaller chips
     tile = KEY_TILE * 256 // max(256, row_bytes)
-    split = 4 if row_bytes > 512 else 1
-    block_m = QUERY_TILE // split
+    tensor_copies = (
+        has_tensor_copies(q.device) and block_d == head_dim and block_size % tile == 0 and q.element_size() == 2
+    )
+    block_m = QUERY_TILE if tensor_copies else QUERY_TILE // 2 if row_bytes <= 512 else QUERY_TILE // 4
     fixed_bytes = block_m * (row_bytes + tile * q.element_size())  # queries and probabilities
     buffers = num_buffers(q.device, 2 * tile * row_bytes, fixed_bytes, most=2)
-    _prefill_kernel[(query_tiles.shape[0] * split, num_heads)](
-        q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale * LOG2E,
+    keys, values = k_cache, v_cache
+    if tensor_copies:
+        tile_shape = [1, tile, 1, head_dim]
+        keys, values = (TensorDescriptor(c, list(c.shape), list(c.stride()), tile_shape) for c in (k_cache, v_cache))
+    _prefill_kernel[(query_tiles.shape[0] * (QUERY_TILE // block_m), num_heads)](
+        q, keys, values, out, block_tables, seq_lens, query_start_loc, query_tiles, scale * LOG2E,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),
-        GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size,
-        BLOCK_M=block_m, SPLIT=split, TILE=tile, STAGES=1 + buffers, num_warps=NUM_WARPS,
+        GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, BLOCK_M=block_m,
+        SPLIT=QUERY_TILE // block_m, TILE=tile, TENSOR_COPIES=tensor_copies, STAGES=1 + buffers, num_warps=4,
     )  # fmt: skip
     return out

@@ -1,0 +1,1 @@
+"""Benchmarks behind `bench.py`: end-to-end throughput, and the decode-attention kernel."""

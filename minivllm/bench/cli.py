@@ -1,0 +1,170 @@
+"""The command line of the benchmarks.  What needs torch is imported once the arguments are known to be right."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `bench.py` with these arguments; returns the exit status.  A user's mistakes are one line on stderr."""
+    try:
+        if argv[:1] == ["kernels"]:
+            _bench_kernels(parse_kernels(argv[1:]))
+        else:
+            _bench_throughput(parse_throughput(argv))
+    except (ValueError, OSError) as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _output_file(text: str) -> str:
+    """An argparse type: a file that can be written, found out before a long run and not after it."""
+    if not Path(text).absolute().parent.is_dir() or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: its folder is not there, or it is a folder itself")
+    return text
+
+
+def parse_throughput(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.py",
+        usage="bench.py [options]  or  bench.py kernels [options]",
+        description="End-to-end tokens/s of minivllm.  `bench.py kernels --help`: the decode-attention kernel.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", help="folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct")
+    what.add_argument("--shape", choices=SHAPES, help="a public model's shape with random weights")
+    add = parser.add_argument
+    add("--num-prompts", type=_at_least(1), metavar="N", help="requests; default: 256 on a GPU, 16 on a CPU")
+    add("--input-len", type=_at_least(1), metavar="N", help="prompt tokens; default: 100-1024 on a GPU, 64 on a CPU")
+    add("--output-len", type=_at_least(1), metavar="N", help="output tokens; default: 100-1024 on a GPU, 64 on a CPU")
+    add("--temperature", type=float, metavar="T", help="default: 0.6 on a GPU, 0 (greedy) on a CPU")
+    add("--seed", type=_at_least(0), default=0, metavar="N", help="of the workload and of sampling (%(default)s)")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's, on a CPU float32")
+    add("--max-model-len", type=_at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
+    add("--max-num-seqs", type=_at_least(1), metavar="N", help="requests that run at once at most; default: 256")
+    add("--eager", action="store_true", help="no CUDA graphs")
+    add("--compare", choices=["hf"], help="run the same requests through Hugging Face generate too")
+    add("--json", type=_output_file, metavar="FILE", help="write all figures, requests and the time series")
+    add("--plot", type=_output_file, metavar="FILE", help="draw tokens/s and KV-cache use over the run (PNG)")
+    args = parser.parse_args(argv)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib; pip install matplotlib, or leave --plot out")
+    if args.compare and args.model and args.model.endswith(".gguf"):
+        parser.error("--compare hf does not read .gguf files; give a folder or a hub id")
+    return args
+
+
+def parse_kernels(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.py kernels", description="Time of decode attention and KV bytes read a second, on a GPU."
+    )
+    parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens in a KV block (%(default)s)")
+    parser.add_argument("--json", type=_output_file, metavar="FILE", help="write all figures")
+    args = parser.parse_args(argv)
+    if args.block_size < 1 or (args.block_size not in (16, 32) and args.block_size % 64):
+        parser.error(f"--block-size must be 16, 32 or a multiple of 64, got {args.block_size}")
+    return args
+
+
+def _bench_throughput(args: argparse.Namespace) -> None:
+    import torch
+
+    from minivllm import LLM
+    from minivllm.bench import report, throughput
+    from minivllm.loading import embedded_model
+
+    on_gpu = torch.cuda.is_available()
+    lengths = NANO if on_gpu else (64, 64)
+    workload = Workload(
+        num_prompts=args.num_prompts or (256 if on_gpu else 16),
+        input_len=(args.input_len, args.input_len) if args.input_len else lengths,
+        output_len=(args.output_len, args.output_len) if args.output_len else lengths,
+        temperature=(0.6 if on_gpu else 0.0) if args.temperature is None else args.temperature,
+        seed=args.seed,
+    )
+    name = f"{args.shape}, random weights" if args.shape else args.model or "SmolLM2-135M-Instruct (embedded)"
+    setup = {
+        "model": name,
+        "device": report.device_name("cuda:0" if on_gpu else "cpu"),
+        "versions": report.versions(),
+        "workload": str(workload),
+    }
+    report.print_pairs(setup)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape:
+            write_config(args.shape, folder)
+        model = folder if args.shape else args.model or embedded_model()
+        start = time.perf_counter()
+        llm = LLM(
+            model,
+            load_format="dummy" if args.shape else "auto",
+            skip_tokenizer_init=True,
+            dtype=args.dtype,
+            max_model_len=args.max_model_len or (4096 if args.shape else None),
+            max_num_seqs=args.max_num_seqs,
+            enforce_eager=args.eager,
+            seed=args.seed,
+        )
+        start_up_s = time.perf_counter() - start
+        setup["engine"] = report.engine(llm)
+        report.print_pairs({"engine": setup["engine"]})
+        figures, outputs, moments = throughput.measure(llm, workload)
+        report.print_throughput(figures, start_up_s)
+        content: dict[str, Any] = {
+            "setup": setup,
+            "workload": asdict(workload),
+            "figures": {**asdict(figures), "start_up_s": start_up_s},
+            "requests": report.requests_json(outputs),
+            "series": report.series_json(moments),
+        }
+        if args.compare:
+            from minivllm.bench import hf
+
+            dtype, device = llm.config.dtype, llm.config.device
+            prompts, output_lens = workload.draw(llm.model_config.vocab_size)
+            llm.shutdown()
+            seconds = hf.generate(model, bool(args.shape), prompts, output_lens, workload.temperature, dtype, device)
+            content["hugging_face"] = report.print_comparison(figures, seconds, hf.GROUP_SIZE)
+    if args.json:
+        report.write_json(args.json, content)
+    if args.plot:
+        report.plot(args.plot, f"{name} on {setup['device']}\n{workload}", figures, moments)
+
+
+def _bench_kernels(args: argparse.Namespace) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("`bench.py kernels` times GPU kernels, and there is no CUDA GPU here")
+    from minivllm.bench import kernels, report
+
+    print(f"decode attention on {torch.cuda.get_device_name()}, bfloat16, blocks of {args.block_size} tokens")
+    print(report.versions(), flush=True)
+    rows = kernels.run(args.block_size)
+    if args.json:
+        report.write_json(args.json, rows)

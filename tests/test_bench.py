@@ -1,0 +1,251 @@
+"""bench.py: the workload is the one it says it is, the figures agree with each other, mistakes are one line."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import ON_GPU
+
+from minivllm import LLM
+from minivllm.bench import kernels, throughput
+from minivllm.bench.cli import main
+from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
+from minivllm.config import ModelConfig
+
+ROOT = Path(__file__).parents[1]
+
+# ---- the workload
+
+
+def test_nano_is_drawn_as_nano_vllm_does():
+    r = random.Random(3)
+    prompts = [[r.randint(0, 10000) for _ in range(r.randint(100, 1024))] for _ in range(256)]
+    output_lens = [r.randint(100, 1024) for _ in range(256)]
+    assert Workload(256, NANO, NANO, 0.6, seed=3).draw(32000) == (prompts, output_lens)
+
+
+def test_fixed_lengths_draw_only_tokens():
+    r = random.Random(0)
+    prompts = [[r.randint(0, 10000) for _ in range(7)] for _ in range(5)]
+    assert Workload(5, (7, 7), (9, 9), 0.0).draw(32000) == (prompts, [9] * 5)
+
+
+def test_small_vocabulary():
+    prompts, _ = Workload(20, (5, 30), (1, 2), 0.0).draw(50)
+    assert {token for prompt in prompts for token in prompt} == set(range(50))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_those_of_the_public_models(shape, tmp_path):
+    write_config(shape, str(tmp_path))
+    c = ModelConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    billions = (c.num_hidden_layers * layer + embeddings + c.hidden_size) / 1e9
+    published = {
+        "llama2-7b": 6.738,
+        "llama2-13b": 13.016,
+        "llama3-8b": 8.030,
+        "llama3-70b": 70.554,
+        "llama3.2-1b": 1.236,
+        "llama3.2-3b": 3.213,
+    }
+    assert billions == pytest.approx(published[shape], abs=0.001)
+
+
+# ---- a whole run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(standard output, JSON, plot) of a small `python bench.py`."""
+    folder = tmp_path_factory.mktemp("bench")
+    argv = (
+        f"--num-prompts 5 --input-len 70 --output-len 9 --compare hf --json {folder}/out.json --plot {folder}/out.png"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench.py", *argv.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # two threads wait for each other where others use the cores too
+        cwd=folder,  # it must not need to be started from the repository
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, json.loads((folder / "out.json").read_text()), folder / "out.png"
+
+
+def test_figures_agree(run):
+    _, content, _ = run
+    figures, requests, series = content["figures"], content["requests"], content["series"]
+    assert [(r["num_prompt_tokens"], r["num_output_tokens"]) for r in requests] == [(70, 9)] * 5
+    assert (figures["num_requests"], figures["num_prompt_tokens"], figures["num_output_tokens"]) == (5, 350, 45)
+
+    duration = figures["duration_s"]
+    assert figures["requests_per_s"] == pytest.approx(5 / duration)
+    assert figures["output_tokens_per_s"] == pytest.approx(45 / duration)
+    assert figures["total_tokens_per_s"] == pytest.approx(395 / duration)
+    for name in ("ttft", "tpot"):
+        times = [1e3 * request[f"{name}_s"] for request in requests]
+        assert figures[f"{name}_ms"] == pytest.approx(dict(median=np.median(times), p99=np.percentile(times, 99)))
+    for request in requests:
+        assert min(request["ttft_s"], request["tpot_s"]) > 0
+        assert request["ttft_s"] + 8 * request["tpot_s"] <= duration
+
+    assert len({len(values) for values in series.values()}) == 1
+    assert series["seconds"] == sorted(series["seconds"]) and series["seconds"][-1] == duration
+    assert series["num_output_tokens"] == sorted(series["num_output_tokens"])
+    assert series["num_output_tokens"][-1] == 45
+    assert series["num_used_blocks"][-1] == series["num_running"][-1] == series["num_waiting"][-1] == 0
+    assert max(series["num_used_blocks"]) == 10  # 79 tokens are two blocks of 64 for each
+    assert figures["peak_kv_use_percent"] == pytest.approx(1000 / figures["num_blocks"])
+    assert figures["prefix_hit_percent"] == figures["num_preemptions"] == figures["num_recomputed_tokens"] == 0
+    assert figures["start_up_s"] > 0
+
+
+def test_comparison_with_hugging_face(run):
+    stdout, content, _ = run
+    other = content["hugging_face"]
+    assert other["output_tokens_per_s"] == pytest.approx(45 / other["duration_s"])
+    assert other["minivllm_ratio"] == pytest.approx(other["duration_s"] / content["figures"]["duration_s"])
+    assert f"{other['minivllm_ratio']:.2f}  x" in stdout
+
+
+def test_printed_is_what_was_measured(run):
+    stdout, content, _ = run
+    lines = stdout.splitlines()
+    assert lines[0] == "  model     SmolLM2-135M-Instruct (embedded)"
+    assert "  workload  5 requests at once, 70 tokens in, 9 out, " in stdout
+    rows = {line[2:32].strip(): line[32:].split()[0] for line in lines[lines.index("") + 1 :] if line}
+    assert rows["output"] == f"{content['figures']['output_tokens_per_s']:,.1f}"
+    assert rows["time to first token, p99"] == f"{content['figures']['ttft_ms']['p99']:,.1f}"
+    assert {len(line) <= 120 for line in lines} == {True}
+
+
+def test_plot_shows_something(run):
+    image = matplotlib.image.imread(run[2])
+    height, width, _ = image.shape
+    assert width >= 1000 and height >= 600
+    for half in (image[: height // 2], image[height // 2 :]):
+        assert 0.02 < (half[..., :3].min(-1) < 0.95).mean() < 0.9  # neither blank nor all ink
+
+
+def test_preempted_requests_are_counted(tiny):
+    """A KV cache of 12 blocks, for requests that grow to 5 blocks each."""
+    workload = Workload(6, (20, 30), (40, 45), 0.7, seed=1)
+    bytes_per_block = 16 * 2 * 3 * 2 * 16 * 4  # tokens, K and V, layers, heads, head_dim, float32
+    llm = LLM(
+        tiny("gqa-tied"), block_size=16, kv_cache_memory_bytes=12 * bytes_per_block, dtype="float32",
+        skip_tokenizer_init=True,
+    )  # fmt: skip
+    figures, outputs, moments = throughput.measure(llm, workload)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == workload.draw(157)[1]
+    assert figures.num_preemptions == sum(output.metrics.num_preemptions for output in outputs) > 0
+    assert figures.num_recomputed_tokens > 0
+    assert figures.num_blocks == 12 and figures.peak_kv_use_percent > 90
+    tokens = [moment.num_output_tokens for moment in moments]
+    # A step reads 6 tokens at most, and on a GPU a step may be read without another being launched.
+    assert all(0 <= after - before <= 12 for before, after in pairwise(tokens)), "a preempted request was forgotten"
+    assert tokens[-1] == figures.num_output_tokens
+    again, _, _ = throughput.measure(llm, workload)
+    assert again.num_preemptions == figures.num_preemptions, "figures must be of one run"
+    assert again.prefix_hit_percent == figures.prefix_hit_percent, "a run must not find the prefixes of the last one"
+
+
+def test_random_weights_of_a_shape(monkeypatch, capsys, tmp_path):
+    shape = SHAPES["llama3.2-1b"] | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=300)
+    monkeypatch.setitem(SHAPES, "small", shape | dict(num_attention_heads=16, head_dim=64))
+    lengths = "--num-prompts 3 --input-len 5 --output-len 1"
+    argv = f"--shape small {lengths} --temperature 0.5 --compare hf --json {tmp_path}/out.json"
+    assert main(argv.split()) == 0
+    out = capsys.readouterr().out
+    assert "small, random weights" in out and "max_model_len 4096" in out and "minivllm / Hugging Face" in out
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["figures"]["tpot_ms"] is None  # one token has no time between tokens
+    assert content["figures"]["peak_kv_use_percent"] == pytest.approx(300 / content["figures"]["num_blocks"])
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--num-prompts 0", "at least 1"),
+        ("--num-prompts many", "at least 1"),
+        ("--shape gpt5", "invalid choice"),
+        ("--shape llama3-8b --model x", "not allowed with"),
+        ("--json /nowhere/out.json", "cannot write"),
+        ("--compare hf --model x.gguf", ".gguf"),
+        ("--model /nowhere", "no folder '/nowhere'"),
+        ("--dtype int3", "dtype must be one of"),
+        ("--temperature -1", "temperature must be"),
+        ("--max-model-len 100 --input-len 64 --output-len 64", "raise --max-model-len"),
+        ("--num-prompts 1 kernels", "unrecognized arguments"),
+        ("kernels --block-size 48", "--block-size must be"),
+        pytest.param("kernels", "no CUDA GPU", marks=pytest.mark.skipif(ON_GPU, reason="there is a GPU")),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, capsys):
+    try:
+        status = main(argv.split())
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status in (1, 2)
+    assert message in error.splitlines()[-1] and "error: " in error.splitlines()[-1]
+
+
+def test_missing_matplotlib_is_said_before_the_run(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        main(["--plot", "out.png"])
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+# ---- kernels
+
+
+@pytest.mark.parametrize("head_dim", [32, 20])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
+def test_token_by_token_kernel(heads, kv_heads, head_dim):
+    case = kernels.Case("ragged", (1, 16, 17, 50), heads, kv_heads, head_dim)
+    inputs = kernels.make_inputs(case, 16, torch.float32, "cuda" if ON_GPU else "cpu")
+    out = kernels.token_by_token_decode(
+        inputs.q, inputs.k_cache, inputs.v_cache, inputs.block_tables, inputs.seq_lens, inputs.scale
+    )
+    expected = []
+    for row, length in enumerate(case.seq_lens):
+        slots = [(int(inputs.block_tables[row, t // 16]), t % 16) for t in range(length)]
+        k, v = (torch.stack([cache[slot] for slot in slots], 1) for cache in (inputs.k_cache, inputs.v_cache))
+        q = inputs.q[row].unsqueeze(1)  # [heads, 1, head_dim]
+        expected.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).squeeze(1))
+    expected = torch.stack(expected)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kernels.reference(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_read_kernel_reads_everything():
+    device = "cuda" if ON_GPU else "cpu"
+    x, out = torch.rand(5 * 256, device=device), torch.empty(3, device=device)
+    kernels._read_kernel[(3,)](x, out, len(x), BLOCK=256)
+    assert out.sum().item() == pytest.approx(x.sum().item(), rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_kernel_benchmark_on_a_gpu(capsys):
+    content = kernels.run(64, [kernels.CASES[0], kernels.CASES[-1]])
+    assert 2e11 < content["read_bytes_per_s"] < 2e13
+    for row in content["cases"]:
+        assert row["minivllm"]["error"] < 1e-2 and row["token_by_token"]["error"] < 1e-2
+        assert 0 < row["minivllm"]["bandwidth_percent"] < 120
+    assert {len(line) <= 120 for line in capsys.readouterr().out.splitlines()} == {True}

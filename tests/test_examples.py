@@ -1,0 +1,108 @@
+"""The examples, run as a user would."""
+
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# One thread: where other programs use the cores too, two that wait for each other are many times slower than one.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(monkeypatch, capsys, name, *argv):
+    """Standard output of an example, run in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *argv])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def chat(*argv, text):
+    """`chat.py` with `text` piped into it."""
+    return subprocess.run(
+        [sys.executable, EXAMPLES / "chat.py", "--temperature", "0", *argv],
+        input=text,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def test_generate(monkeypatch, capsys):
+    lines = run(monkeypatch, capsys, "generate.py").splitlines()
+    assert len(lines) == 3 and lines[0].startswith("'1, 2, 3, 4, 5,' -> ' 6, 7, 8,")
+
+
+def test_stream(monkeypatch, capsys):
+    out = run(monkeypatch, capsys, "stream.py", "--prompt", "What is the capital of France?")
+    assert out == "The capital of France is Paris.\n"
+
+
+@pytest.mark.parametrize("argv", [["--model", "/nowhere"], ["--max-tokens", "0"]])
+def test_stream_mistakes(monkeypatch, capsys, argv):
+    with pytest.raises(SystemExit, match="^stream.py: "):
+        run(monkeypatch, capsys, "stream.py", *argv)
+
+
+def test_chat_piped():
+    text = (
+        "What is the capital of France?\n\nAnd of Italy?\n"
+        "/stats\n/nonsense\n/help\n/reset\n/stats\n"
+        "/system Answer in French.\nHello!\n" + "Tell me all about it. " * 40 + "\n/exit\nnever read\n"
+    )
+    done = chat("--max-tokens", "12", "--max-model-len", "160", text=text)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert not re.search(r"[\x00-\x09\x0b-\x1f>]", done.stdout), "a prompt or escape codes in a pipe"
+    lines = done.stdout.splitlines()
+    assert "Paris" in lines[0] and "Rome" in lines[2]
+    first, second = (re.search(r"(\d+) tokens, .* (\d+) of (\d+) prompt tokens cached", lines[i]) for i in (1, 3))
+    assert int(first[2]) == 0 and 0 < int(second[2]) < int(second[3])
+    assert re.search(r"tokens/s, first after \d+ ms", lines[3])
+    stats = lines[4]
+    assert f"answers: 2, of {int(first[1]) + int(second[1])} tokens" in stats
+    assert f"prompts: {int(first[3]) + int(second[3])} tokens, {second[2]} " in stats
+    assert "no /nonsense" in lines[5] and "/reset" in lines[6]
+    assert "answers: 0, of 0 tokens" in done.stdout and "system prompt set" in done.stdout
+    assert lines[-1].startswith("with this message the conversation has ") and "/reset" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "argv", [["--model", "/nowhere"], ["--max-tokens", "0"], ["--max-model-len", "1000000"], ["--temperature", "-1"]]
+)
+def test_chat_mistakes_are_one_line(argv, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="^chat.py: .*$"):
+        run(monkeypatch, capsys, "chat.py", *argv)
+
+
+def test_chat_survives_ctrl_c():
+    """Ctrl-C stops the answer, at the prompt it does nothing, and the chat goes on either way."""
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLES / "chat.py", "--temperature", "0", "--max-tokens", "4000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored under `pytest &`
+    )
+    try:
+        process.stdin.write(b"Write a very long story about a fox and a bear.\n")
+        process.stdin.flush()
+        out = os.read(process.stdout.fileno(), 4096)
+        process.send_signal(signal.SIGINT)
+        while b"stopped; " not in out and (more := os.read(process.stdout.fileno(), 4096)):
+            out += more
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        rest, error = process.communicate(b"/reset\nWhat is the capital of France?\n/stats\n", timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and b"Traceback" not in error, error
+    assert re.search(rb"\nstopped; \d+ tokens, ", out + rest)
+    assert b"The capital of France is Paris." in rest and b"answers: 1, of 8 tokens" in rest

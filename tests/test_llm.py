@@ -1,0 +1,830 @@
+"""The front door: what goes in, what is refused, what comes out, and what happens when something goes wrong midway."""
+
+import ast
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_VOCAB
+
+import minivllm
+from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm.backends import make_backend
+from minivllm.config import NO_MEANING_HERE, ModelConfig
+from minivllm.engine.detokenizer import Detokenizer
+from minivllm.layers import Attention, rope_table
+from minivllm.runner.forward_batch import ForwardBatch
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+PROMPTS = [[1, 2, 3], list(range(20)), [7] * 5]
+
+
+def make(folder, **arguments):
+    """An LLM on a tiny checkpoint with 8 blocks of 16 tokens."""
+    model = ModelConfig.from_hf(json.loads((Path(folder) / "config.json").read_text()))
+    settings = dict(
+        skip_tokenizer_init=True,
+        device="cpu",
+        block_size=16,
+        kv_cache_memory_bytes=8 * 16 * 4 * model.kv_elements_per_token,
+    )
+    return LLM(folder, **settings | arguments)
+
+
+def tokens_of(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture
+def llm(tiny):
+    """An LLM without tokenizer, which must be idle, intact and serving when the test ends."""
+    with make(tiny("mha")) as llm:
+        expected = tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+        yield llm
+        assert not llm.engine.has_unfinished_requests()
+        llm.engine.scheduler.check_integrity()
+        assert llm.engine.scheduler.block_manager.num_free_blocks == 8
+        assert tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+@pytest.fixture(scope="module")
+def embedded_llm(embedded):
+    with LLM(embedded, device="cpu", max_model_len=2048, kv_cache_memory_bytes=1 << 28) as llm:
+        yield llm
+
+
+def test_the_embedded_model_is_the_default(embedded, monkeypatch):
+    monkeypatch.setattr("minivllm.llm.LocalExecutor", lambda *_: type("", (), {"num_blocks": 1, "shutdown": int})())
+    with LLM(device="cpu") as llm:
+        assert llm.model == "SmolLM2-135M-Instruct" and llm.get_tokenizer() is not None
+
+
+# ---- what goes in
+
+
+def test_prompt_forms(embedded_llm):
+    text = "The capital of France is"
+    ids = embedded_llm.get_tokenizer()(text).input_ids
+    forms = [
+        text,
+        ids,
+        tuple(ids),
+        {"prompt": text},
+        {"prompt_token_ids": ids},
+        {"prompt": "x", "prompt_token_ids": ids},
+    ]
+    params = SamplingParams(temperature=0, max_tokens=3)
+    together = embedded_llm.generate(forms, params, use_tqdm=False)
+    assert [output.prompt for output in together] == [text, None, None, text, None, "x"]
+    assert [int(output.request_id) for output in together] == sorted(int(output.request_id) for output in together)
+    for form, output in zip(forms, together, strict=True):
+        assert output.prompt_token_ids == ids and output.outputs[0].text == " Paris.\n"
+        if not isinstance(form, tuple):  # alone, it is a list of prompts
+            assert tokens_of(embedded_llm.generate(form, params, use_tqdm=False)) == tokens_of([output])
+
+
+def test_no_prompts_no_outputs(llm):
+    assert llm.generate([], GREEDY, use_tqdm=False) == [] and list(llm.stream([], GREEDY)) == []
+
+
+def test_one_params_for_all_or_one_a_prompt(llm):
+    lengths = [3, 1, 5]
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in lengths]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert [len(tokens) for tokens in tokens_of(outputs)] == lengths
+    expected = tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+    assert tokens_of(outputs) == [tokens[:n] for tokens, n in zip(expected, lengths, strict=True)]
+    assert params[0].output_kind == RequestOutputKind.CUMULATIVE, "the user's params are not changed"
+
+
+def test_default_params_are_the_model_s(tiny, tmp_path):
+    folder = shutil.copytree(tiny("mha"), tmp_path / "model")
+    recommended = dict(temperature=0.3, top_k=7, top_p=0.8, min_p=0.1, max_new_tokens=5, eos_token_id=[4, 5])
+    (folder / "generation_config.json").write_text(json.dumps(recommended))
+    with make(str(folder)) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(
+            temperature=0.3, top_k=7, top_p=0.8, min_p=0.1, max_tokens=5
+        )
+        assert llm.engine.scheduler.eos_token_ids == {4, 5}
+        assert len(llm.generate([1, 2], use_tqdm=False)[0].outputs[0].token_ids) <= 5
+
+
+def test_chat(embedded_llm):
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    other = [{"role": "system", "content": "You speak German."}, {"role": "user", "content": "Hello!"}]
+    params = SamplingParams(temperature=0, max_tokens=20)
+    alone = embedded_llm.chat(messages, params, use_tqdm=False)[0]
+    assert alone.outputs[0].text == "The capital of France is Paris." and alone.outputs[0].finish_reason == "stop"
+    template = embedded_llm.get_tokenizer().apply_chat_template(messages, add_generation_prompt=True)
+    assert alone.prompt_token_ids == template["input_ids"] and alone.prompt.endswith("<|im_start|>assistant\n")
+    together = embedded_llm.chat([messages, other], params, use_tqdm=False)
+    assert together[0].outputs == alone.outputs and together[1].prompt_token_ids != alone.prompt_token_ids
+
+
+@pytest.mark.parametrize(
+    "messages", [[[]], ["hello"], [[{"role": "user"}]], [{"content": "x"}], [[{"role": "user", "content": "x"}], []]]
+)
+def test_wrong_messages(embedded_llm, messages):
+    with pytest.raises(ValueError, match="messages must be a list of"):
+        embedded_llm.chat(messages)
+
+
+# ---- what is refused
+
+
+@contextmanager
+def refused(llm, message):
+    """What is done within is a ValueError that says `message`, and a request that runs meanwhile goes on."""
+    expected = tokens_of(llm.generate([9, 8, 7], GREEDY, use_tqdm=False))[0]
+    with closing(llm.stream([9, 8, 7], GREEDY)) as stream:
+        tokens = list(next(stream).outputs[0].token_ids)
+        with pytest.raises(ValueError, match=message):
+            yield
+        for output in stream:
+            tokens += output.outputs[0].token_ids
+    assert tokens == expected
+
+
+TYPE_ERROR = pytest.mark.xfail(strict=True, raises=TypeError, reason="a TypeError that names nothing")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ([[]], {}, r"prompts\[0\]: the prompt is empty"),
+        ([[1], []], {}, r"prompts\[1\]: the prompt is empty"),
+        ([0] * 256, {}, "the prompt has 256 tokens, but max_model_len is 256"),
+        ([0] * 100, dict(max_tokens=60), "160 tokens, but the KV cache holds 128"),
+        ([0] * 100, dict(max_tokens=None), "256 tokens, but the KV cache holds 128"),
+        ([[1], [2, TINY_VOCAB]], {}, rf"prompts\[1\]: prompt_token_ids: token id {TINY_VOCAB} is outside"),
+        ([-1], {}, "token id -1 is outside the vocabulary of 157"),
+        ([1], dict(stop_token_ids=[5, TINY_VOCAB]), rf"stop_token_ids: token id {TINY_VOCAB} is outside"),
+        ("text", {}, "skip_tokenizer_init=True"),
+        (None, {}, "prompts must be .* got NoneType"),
+        (5, {}, "prompts must be .* got int"),
+        ([[1.5]], {}, r"prompts\[0\]: a prompt must be text, token ids"),
+        ([True], {}, r"prompts\[0\]: a prompt must be text, token ids"),
+        ([["a"]], {}, r"prompts\[0\]: a prompt must be text, token ids"),
+        ([{}], {}, 'a prompt dict has "prompt" or "prompt_token_ids"'),
+        ([{"prompt_token_ids": [1], "multi_modal_data": 1}], {}, "multi_modal_data"),
+        ({"prompt": None}, {}, "a prompt must be text"),
+        (PROMPTS, [GREEDY] * 2, "sampling_params has 2 entries for 3 prompts"),
+        ([1], [GREEDY] * 2, "sampling_params has 2 entries for 1 prompts"),
+        ([1], ["greedy"], r"sampling_params\[0\] must be a SamplingParams, got str"),
+        pytest.param([1], 0.5, "sampling_params", marks=TYPE_ERROR),
+    ],
+)
+def test_wrong_requests(llm, prompts, params, message):
+    """Each is a ValueError that names what is wrong; a request that runs meanwhile goes on."""
+    with refused(llm, message):
+        llm.generate(prompts, SamplingParams(**params) if isinstance(params, dict) else params, use_tqdm=False)
+
+
+@pytest.mark.xfail(strict=True, raises=OverflowError, reason="overflows an array in the step, which fails for everyone")
+@pytest.mark.parametrize("options", [dict(top_k=2**31), dict(min_tokens=2**31), dict(temperature=10**400)], ids=str)
+def test_numbers_too_large(tiny, options):
+    with make(tiny("mha"), max_model_len=128) as llm, refused(llm, next(iter(options))):
+        llm.generate([1], SamplingParams(max_tokens=None, **options), use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_tokens=0), "max_tokens must be an integer of at least 1, got 0"),
+        (dict(max_tokens=1.5), "max_tokens"),
+        (dict(max_tokens=True), "max_tokens"),
+        (dict(top_p=0), r"top_p must be in \(0, 1\], got 0"),
+        (dict(top_p=1.1), "top_p must be in"),
+        (dict(top_p="1"), "top_p must be a number"),
+        (dict(min_p=-0.1), "min_p must be in"),
+        (dict(min_p=1.1), "min_p must be in"),
+        (dict(top_k=-2), "top_k must be an integer of at least -1"),
+        (dict(top_k=1.0), "top_k"),
+        (dict(temperature=-1), "temperature must be"),
+        (dict(temperature=float("nan")), "temperature must be a number"),
+        (dict(temperature=float("inf")), "temperature must be"),
+        (dict(temperature=None), "temperature must be a number"),
+        (dict(seed=-2), "seed must be"),
+        (dict(seed="a"), "seed must be"),
+        (dict(min_tokens=-1), "min_tokens must be"),
+        (dict(min_tokens=20, max_tokens=10), r"min_tokens \(20\) must not exceed max_tokens \(10\)"),
+        (dict(stop_token_ids=["a"]), "stop_token_ids must be"),
+        pytest.param(dict(stop_token_ids=3), "stop_token_ids must be", marks=TYPE_ERROR),
+        (dict(ignore_eos=1), "ignore_eos must be True or False"),
+        (dict(detokenize="no"), "detokenize must be True or False"),
+        (dict(output_kind=1), "output_kind must be"),
+        (dict(temprature=1), "no argument 'temprature'; did you mean 'temperature'"),
+        (dict(xyz=1), "no argument 'xyz'; known: temperature, "),
+        (dict(n=2), "n is not supported yet"),
+        (dict(best_of=2), "best_of is not supported yet"),
+        (dict(stop=["a"]), "stop is not supported yet"),
+        (dict(logprobs=0), "logprobs is not supported yet"),
+        (dict(prompt_logprobs=1), "prompt_logprobs is not supported yet"),
+        (dict(presence_penalty=0.1), "presence_penalty is not supported yet"),
+        (dict(frequency_penalty=-0.1), "frequency_penalty is not supported yet"),
+        (dict(repetition_penalty=1.1), "repetition_penalty is not supported yet"),
+        (dict(logit_bias={1: 2.0}), "logit_bias is not supported yet"),
+        (dict(bad_words=["a"]), "bad_words is not supported yet"),
+        (dict(allowed_token_ids=[1]), "allowed_token_ids is not supported yet"),
+        (dict(structured_outputs=1), "structured_outputs is not supported yet"),
+        (dict(include_stop_str_in_output=True), "include_stop_str_in_output is not supported yet"),
+    ],
+    ids=str,
+)
+def test_wrong_sampling_params(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
+def test_unsupported_options_that_ask_for_nothing_are_accepted():
+    asked = SamplingParams(
+        n=1, stop=None, stop_token_ids=None, logprobs=None, presence_penalty=0, bad_words=[], seed=-1
+    )
+    assert asked == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(max_num_sequences=3), "LLM has no argument 'max_num_sequences'; did you mean 'max_num_seqs'"),
+        (dict(xyz=3), "LLM has no argument 'xyz'; known: dtype, "),
+        (dict(dtype="float8"), "dtype must be one of"),
+        (dict(load_format="pickle"), "load_format must be one of"),
+        (dict(load_format="gguf"), "load_format='gguf' needs a .gguf file"),
+        (dict(backend="cuda"), "backend must be one of"),
+        (dict(device="tpu"), "device must be"),
+        (dict(device="cuda:99"), "device 'cuda:99': there are . GPUs"),
+        (dict(block_size=24), "block_size must be 16, 32 or a multiple of 64, got 24"),
+        (dict(block_size="16"), "block_size must be an integer"),
+        (dict(gpu_memory_utilization=1.1), r"gpu_memory_utilization must be in \(0, 1\]"),
+        (dict(gpu_memory_utilization="x"), "gpu_memory_utilization must be"),
+        (dict(max_model_len=257), r"max_model_len \(257\) is more than the model's own limit of 256"),
+        (dict(max_model_len=0), "max_model_len must be an integer of at least 1"),
+        (
+            dict(max_num_seqs=10, max_num_batched_tokens=5),
+            r"max_num_batched_tokens \(5\) must be at least max_num_seqs",
+        ),
+        (dict(kv_cache_memory_bytes=1000), "no memory is left for the KV cache"),
+        (dict(tensor_parallel_size=2), "tensor_parallel_size > 1 is not supported yet"),
+        (dict(seed=-1), "seed must be"),
+        (dict(enforce_eager=1), "enforce_eager must be True or False"),
+        (dict(async_scheduling="yes"), "async_scheduling must be True or False"),
+        pytest.param(dict(load_format=["a"]), "load_format must be one of", marks=TYPE_ERROR),
+        pytest.param(dict(backend=["a"]), "backend must be one of", marks=TYPE_ERROR),
+        pytest.param(
+            dict(enable_prefix_caching=None),
+            "enable_prefix_caching must be",
+            marks=pytest.mark.xfail(strict=True, reason="None passes for False"),
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(tiny("mha"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
+        (dict(architectures=None), "(none)"),
+        (dict(rope_parameters=dict(rope_type="yarn", factor=2.0)), "RoPE type 'yarn' is not supported"),
+        (dict(rope_parameters=dict(rope_type="llama3", factor=2.0)), "llama3 RoPE settings lack low_freq_factor"),
+        (dict(quantization_config=dict(quant_method="awq")), "quantized with 'awq' are not supported"),
+        (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+        (dict(vocab_size=None), "lacks vocab_size"),
+        (dict(num_key_value_heads=3), "must be a multiple of num_key_value_heads"),
+        (dict(num_hidden_layers=2), "model.layers.2"),  # tensors that would go unused
+        (dict(num_hidden_layers=4), "model.layers.3"),  # tensors that are missing
+    ],
+    ids=str,
+)
+def test_models_that_would_run_wrongly(tiny, tmp_path, change, message):
+    folder = shutil.copytree(tiny("mha"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        make(str(folder))
+
+
+def test_a_missing_folder():
+    with pytest.raises(FileNotFoundError, match="'/no/such/folder'"):
+        LLM("/no/such/folder")
+
+
+@pytest.mark.parametrize("name", NO_MEANING_HERE)
+def test_meaningless_arguments_warn(tiny, name):
+    with pytest.warns(UserWarning, match=f"{name} has no effect: {NO_MEANING_HERE[name]}"):
+        make(tiny("mha"), **{name: 1})
+
+
+def test_a_temperature_too_small_is_raised():
+    with pytest.warns(UserWarning, match="temperature 0.001 raised to 0.01"):
+        assert SamplingParams(temperature=0.001).temperature == 0.01
+
+
+# ---- what comes out
+
+
+def test_outputs(llm):
+    llm.reset_prefix_cache()
+    long, short = llm.generate([list(range(40)), [5]], SamplingParams(max_tokens=4), use_tqdm=False)
+    again = llm.generate([list(range(40))], GREEDY, use_tqdm=False)[0]
+    for output in (long, short, again):
+        assert output.finished and output.outputs[0].finished() and output.outputs[0].finish_reason == "length"
+        assert output.outputs[0].text == "" and output.outputs[0].stop_reason is None
+        metrics = output.metrics
+        assert metrics.arrival_time <= metrics.first_scheduled_time <= metrics.first_token_time
+        assert metrics.first_token_time < metrics.last_token_time
+        assert 0 <= metrics.time_in_queue <= metrics.time_to_first_token and metrics.num_preemptions == 0
+    assert (long.num_cached_tokens, short.num_cached_tokens, again.num_cached_tokens) == (0, 0, 32)
+    assert llm.reset_prefix_cache()
+    assert llm.generate([list(range(40))], GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
+
+
+def test_the_longest_output_fills_max_model_len(tiny):
+    with make(tiny("mha"), max_model_len=50) as llm:
+        output = llm.generate([1, 2, 3], SamplingParams(max_tokens=None), use_tqdm=False)[0].outputs[0]
+        assert len(output.token_ids) == 47 and output.finish_reason == "length"
+        output = llm.generate([0] * 49, SamplingParams(max_tokens=100), use_tqdm=False)[0].outputs[0]
+        assert len(output.token_ids) == 1 and output.finish_reason == "length"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_ends(tiny, tmp_path, greedy, hugging_face, asynchronous):
+    """End-of-sequence tokens of generation_config and config, stop_token_ids, min_tokens: as in Hugging Face."""
+    prompt = [3, 1, 4]
+    free = greedy(tiny("gqa-tied"), [prompt], 24)[0]
+    first_two = [free[6], free[9]]  # whichever comes first ends it
+    folder = shutil.copytree(tiny("gqa-tied"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=first_two)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(eos_token_id=free[12])))
+    eos = [*first_two, free[12]]
+
+    def until(*ends):
+        return free[: 1 + next(i for i, token in enumerate(free) if token in ends)]
+
+    model = hugging_face(tiny("gqa-tied"))
+    ids = torch.tensor([prompt])
+    lengths = dict(min_new_tokens=12, max_new_tokens=24)
+    late = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=eos, pad_token_id=0, **lengths
+    )[0, len(prompt) :].tolist()
+    assert late != free[: len(late)], "no end was in the way"
+    cases = [
+        (dict(), (until(*eos), "stop", None)),
+        (dict(ignore_eos=True), (free, "length", None)),
+        (dict(ignore_eos=True, stop_token_ids=[free[8]]), (until(free[8]), "stop", free[8])),
+        (dict(stop_token_ids=[free[2]]), (until(free[2]), "stop", free[2])),
+        (dict(max_tokens=3), (free[:3], "length", None)),
+    ]
+    with make(str(folder), async_scheduling=asynchronous) as llm:
+        params = [SamplingParams(temperature=0, **dict(max_tokens=24) | options) for options, _ in cases]
+        outputs = [output.outputs[0] for output in llm.generate([prompt] * len(cases), params, use_tqdm=False)]
+        ends = [(output.token_ids, output.finish_reason, output.stop_reason) for output in outputs]
+        assert ends == [end for _, end in cases]
+        params = SamplingParams(temperature=0, max_tokens=24, min_tokens=12)
+        assert tokens_of(llm.generate(prompt, params, use_tqdm=False)) == [late]
+
+
+def test_stream(embedded_llm):
+    """Deltas add up to what `generate` returns, in text and tokens, for several requests at once."""
+    prompts = ["Write a haiku about the sea. 🌊", "Translate to Chinese: good morning.\n早上好", "1, 2, 3,"]
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=n) for t, n in ((0.0, 30), (1.5, 40), (0.7, 5))]
+    expected = embedded_llm.generate(prompts, params, use_tqdm=False)
+    text, tokens, ends = {}, {}, {}
+    for output in embedded_llm.stream(prompts, params):
+        assert output.request_id not in ends, "an output after the last one"
+        text.setdefault(output.request_id, []).append(output.outputs[0].text)
+        tokens.setdefault(output.request_id, []).extend(output.outputs[0].token_ids)
+        if output.finished:
+            ends[output.request_id] = output.outputs[0].finish_reason
+    assert sorted(ends) == sorted(text, key=int), "request ids count up"
+    for request_id, whole in zip(sorted(ends, key=int), expected, strict=True):
+        assert "".join(text[request_id]) == whole.outputs[0].text != ""
+        assert tokens[request_id] == whole.outputs[0].token_ids
+        assert ends[request_id] == whole.outputs[0].finish_reason
+
+
+def test_cumulative_outputs_and_special_tokens(embedded_llm):
+    prompt = embedded_llm.preprocess_chat([{"role": "user", "content": "What is the capital of France?"}])
+    seen = []
+    params = SamplingParams(temperature=0, max_tokens=20, skip_special_tokens=False)
+    embedded_llm.engine.add_request("x", prompt["prompt_token_ids"], params)
+    while embedded_llm.engine.has_unfinished_requests():
+        seen += [output.outputs[0] for output in embedded_llm.engine.step()]
+    assert seen[-1].text == "The capital of France is Paris.<|im_end|>"
+    for i, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+        assert len(after.token_ids) == i + 2 and after.token_ids[:-1] == before.token_ids
+        assert after.text.startswith(before.text)
+    plain = SamplingParams(temperature=0, max_tokens=20, detokenize=False)
+    output = embedded_llm.generate(prompt, plain, use_tqdm=False)[0].outputs[0]
+    assert output.text == "" and output.token_ids == seen[-1].token_ids
+
+
+# ---- text
+
+WORLD = "Hello 😀👩‍👩‍👧 你好，世界！ 日本語 한국어 naïve café 🏳️‍🌈 ∑∞ end"
+
+
+def detokenize(tokenizer, prompt, token_ids, sizes):
+    """The deltas of token_ids given a few at a time."""
+    detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=True)
+    deltas, i = [], 0
+    while i < len(token_ids):
+        i, begin = i + sizes(), i
+        deltas.append(detokenizer.append(token_ids[begin:i], finished=i >= len(token_ids)))
+    assert "".join(deltas) == detokenizer.text
+    return deltas
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000])
+@pytest.mark.parametrize("prompt", ["", "Say: ", "日本語の"])
+def test_no_delta_ends_inside_a_character(embedded_llm, prompt, size):
+    tokenizer = embedded_llm.get_tokenizer()
+    token_ids = tokenizer(WORLD).input_ids
+    deltas = detokenize(tokenizer, tokenizer(prompt).input_ids, token_ids, lambda: size)
+    assert "".join(deltas) == WORLD and not any("\ufffd" in delta for delta in deltas)
+    if size == 1:
+        assert 20 < sum(delta != "" for delta in deltas) < len(token_ids), "text comes as soon as it is whole"
+
+
+def test_text_cut_inside_a_character_is_given_at_the_end(embedded_llm):
+    tokenizer = embedded_llm.get_tokenizer()
+    token_ids = tokenizer("ok 🏳").input_ids[:-1]
+    whole = tokenizer.decode(token_ids)
+    assert whole.endswith("\ufffd")
+    deltas = detokenize(tokenizer, [1], token_ids, lambda: 1)
+    assert "".join(deltas) == whole and not any("\ufffd" in delta for delta in deltas[:-1])
+
+
+def sentencepiece_like():
+    """A tokenizer like Llama 2's: spaces as ▁, the first one stripped, characters out of the vocabulary as bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "▁hello",
+        "▁world",
+        "▁a",
+        "▁",
+        "b",
+        "ing",
+        ".",
+        *(f"<0x{i:02X}>" for i in range(256)),
+    ]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in pieces[:3]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def random_pieces(draw, least):
+    token_ids = []
+    while len(token_ids) < least:
+        character = draw.choice("😀你é").encode() if draw.random() < 0.2 else b""
+        token_ids += [10 + byte for byte in character] or [draw.randint(1, 9)]
+    return token_ids
+
+
+@pytest.mark.parametrize(
+    "prompt_has_bytes",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="the context may start inside a character")),
+    ],
+)
+def test_deltas_of_a_sentencepiece_tokenizer(prompt_has_bytes):
+    """On random tokens: no space is lost, bytes become characters; the text is that of decoding all at once."""
+    tokenizer = sentencepiece_like()
+    draw = random.Random(0)
+    for _ in range(2000):
+        prompt = random_pieces(draw, draw.randint(1, 9)) if prompt_has_bytes else draw.choices(range(1, 10), k=9)
+        token_ids = random_pieces(draw, draw.randint(1, 16))
+        deltas = detokenize(tokenizer, prompt, token_ids, lambda: draw.randint(1, 3))
+        before, after = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + token_ids))
+        assert before + "".join(deltas) == after
+
+
+# ---- when something goes wrong midway
+
+
+class Faulty:
+    """An executor that calls `fault` in its n-th step: before launching it, or when its tokens are awaited."""
+
+    def __init__(self, executor, n, fault, where="execute"):
+        self.executor, self.n, self.fault, self.where = executor, n, fault, where
+
+    def execute(self, batch):
+        self.n -= 1
+        if self.n == 0 and self.where == "execute":
+            self.fault()
+        self.pending, self.faulty = self.executor.execute(batch), self.n == 0
+        pending, faulty = self.pending, self.faulty
+        if not (faulty and self.where == "wait"):
+            return pending
+        return type("Pending", (), {"wait": lambda _: self.fault()})()
+
+
+def raise_error():
+    raise RuntimeError("the device is on fire")
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def either_llm(request, tiny):
+    """A tiny LLM with and without async scheduling, and the tokens it should give for PROMPTS."""
+    with make(tiny("mha"), async_scheduling=request.param) as llm:
+        yield llm, tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+        assert not llm.engine.scheduler.requests
+        llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("where", ["execute", "wait"])
+@pytest.mark.parametrize("step", [1, 2, 5, 12])
+def test_an_error_reaches_the_caller_and_the_engine_works_on(either_llm, monkeypatch, step, where):
+    llm, expected = either_llm
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "executor", Faulty(llm.engine.executor, step, raise_error, where))
+        with pytest.raises(RuntimeError, match="on fire"):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert not llm.engine.scheduler.requests
+    assert tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+@pytest.mark.parametrize("where", ["execute", "wait"])
+def test_a_failed_step_loses_no_request(either_llm, monkeypatch, where):
+    llm, expected = either_llm
+    monkeypatch.setattr(llm.engine, "executor", Faulty(llm.engine.executor, 5, raise_error, where))
+    for i, prompt in enumerate(PROMPTS):
+        llm.engine.add_request(str(i), prompt, GREEDY)
+    tokens, num_errors = {}, 0
+    while llm.engine.has_unfinished_requests():
+        try:
+            for output in llm.engine.step():
+                tokens[int(output.request_id)] = output.outputs[0].token_ids
+        except RuntimeError:
+            num_errors += 1
+            llm.engine.scheduler.check_integrity()
+    assert num_errors == 1 and [tokens[i] for i in range(len(PROMPTS))] == expected
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_ctrl_c_aborts_and_the_engine_stays_usable(either_llm, monkeypatch, step):
+    llm, expected = either_llm
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        faulty = Faulty(llm.engine.executor, step, interrupt)
+        patch.setattr(llm.engine, "executor", faulty)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert faulty.n == 0, "the step that was interrupted was finished, and none came after it"
+    assert not llm.engine.scheduler.requests and signal.getsignal(signal.SIGINT) is handler
+    assert tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_ctrl_c_at_any_moment(either_llm):
+    llm, expected = either_llm
+    endless = SamplingParams(max_tokens=100)
+    for i in range(5):
+        timer = threading.Timer(0.01 + 0.007 * i, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            while True:
+                llm.generate([[1, 2, 3]], endless, use_tqdm=False)
+        timer.join()
+        assert tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+@pytest.mark.xfail(strict=True, reason="requests that are queued before `_run` starts are not aborted")
+def test_ctrl_c_before_the_first_step(either_llm, monkeypatch):
+    llm, _ = either_llm
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("minivllm.llm.tqdm", lambda **_: interrupt())
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    left = list(llm.engine.scheduler.requests)
+    llm.engine.abort_requests(left)
+    assert not left
+
+
+def test_generate_in_another_thread(either_llm):
+    llm, expected = either_llm
+    found = []
+    thread = threading.Thread(target=lambda: found.append(tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False))))
+    thread.start()
+    thread.join()
+    assert found == [expected]
+
+
+@pytest.mark.parametrize(
+    "num_outputs",
+    [
+        pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="a generator that never started runs no finally")),
+        1,
+        5,
+    ],
+)
+def test_closing_a_stream_aborts_its_requests(either_llm, num_outputs):
+    llm, expected = either_llm
+    stream = llm.stream(PROMPTS, GREEDY)
+    for _ in range(num_outputs):
+        next(stream)
+    stream.close()
+    left = list(llm.engine.scheduler.requests)
+    llm.engine.abort_requests(left)
+    assert not left
+    assert tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    """patience(llm): let it do 300 steps, then raise, so that what hangs fails."""
+
+    def limit(llm):
+        step, left = llm.engine.step, iter(range(300))
+
+        def limited_step():
+            if next(left, None) is None:
+                raise TimeoutError("300 steps")
+            return step()
+
+        monkeypatch.setattr(llm.engine, "step", limited_step)
+
+    return limit
+
+
+@pytest.mark.xfail(strict=True, raises=(TimeoutError, AssertionError), reason="_run drops the outputs of other calls")
+@pytest.mark.parametrize("other", ["stream", "generate"])
+def test_calls_do_not_eat_each_other_s_outputs(either_llm, patience, other):
+    """A stream that is read while another, or a generate, runs."""
+    llm, expected = either_llm
+    patience(llm)
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    tokens = list(next(stream).outputs[0].token_ids)
+    if other == "stream":
+        assert sum((o.outputs[0].token_ids for o in llm.stream(PROMPTS[1], GREEDY)), []) == expected[1]
+    else:
+        assert tokens_of(llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)) == [expected[1]]
+    for output in stream:
+        tokens += output.outputs[0].token_ids
+    assert tokens == expected[0]
+
+
+@pytest.mark.xfail(strict=True, raises=TimeoutError, reason="_run waits forever for a request that was aborted")
+@pytest.mark.parametrize("how", ["abort", "shutdown"])
+def test_a_stream_ends_when_its_requests_do(tiny, patience, how):
+    with make(tiny("mha")) as llm:
+        patience(llm)
+        stream = llm.stream(PROMPTS[0], GREEDY)
+        request_id = next(stream).request_id
+        if how == "abort":
+            llm.engine.abort_requests([request_id])
+        else:
+            llm.shutdown()
+        assert all(output.outputs[0].finish_reason == "abort" for output in stream)
+
+
+# ---- several
+
+
+def test_two_llms_at_once_do_not_disturb_each_other(tiny, greedy):
+    prompts = [[1, 2, 3], list(range(30))]
+    params = SamplingParams(temperature=0, max_tokens=20)
+    found = {}
+    with make(tiny("mha")) as first, make(tiny("bias"), max_num_seqs=2, dtype=torch.float32) as second:
+        streams = {name: llm.stream(prompts, params) for name, llm in (("mha", first), ("bias", second))}
+        while streams:
+            for name, stream in list(streams.items()):
+                output = next(stream, None)
+                if output is None:
+                    del streams[name]
+                else:
+                    found.setdefault((name, output.request_id), []).extend(output.outputs[0].token_ids)
+    for name in ("mha", "bias"):
+        assert [found[name, "0"], found[name, "1"]] == greedy(tiny(name), prompts, 20)
+
+
+def test_shutdown_and_another_llm(tiny):
+    first = make(tiny("mha"))
+    expected = tokens_of(first.generate(PROMPTS, GREEDY, use_tqdm=False))
+    first.shutdown()
+    first.shutdown()
+    for call in (first.generate, first.stream):
+        with pytest.raises(ValueError, match="was shut down"):
+            call(PROMPTS, GREEDY)
+    with make(tiny("mha")) as second:
+        assert tokens_of(second.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_dummy_weights_need_only_a_config(tiny, tmp_path):
+    shutil.copy(Path(tiny("mha")) / "config.json", tmp_path)
+    outputs = []
+    for seed in (0, 0, 1):
+        with make(str(tmp_path), load_format="dummy", seed=seed) as llm:
+            outputs.append(tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)))
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+# ---- the rules of the house
+
+PACKAGE = Path(minivllm.__file__).parent
+
+
+def imports_of(folder):
+    """(file, module imported) for every import in the folder, also inside functions."""
+    for file in sorted((PACKAGE / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((file.name, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, "relative imports hide what is imported"
+                yield from ((file.name, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def test_the_engine_imports_no_torch():
+    below = ("torch", "triton", *(f"minivllm.{name}" for name in ("runner", "models", "layers", "backends", "kernels")))
+    bad = [(file, name) for file, name in imports_of("engine") if f"{name}.".startswith(tuple(f"{b}." for b in below))]
+    assert bad == []
+    code = "import sys, minivllm.engine.engine; sys.exit('torch' in sys.modules)"
+    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}).returncode == 0
+
+
+def test_the_runner_schedules_nothing():
+    from_engine = {name for _, name in imports_of("runner") if name.startswith("minivllm.engine")}
+    assert from_engine and all(name.startswith("minivllm.engine.batch.") for name in from_engine)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (6, 2, 20), (4, 1, 64)])
+def test_attention_is_softmax_of_scaled_products(heads, kv_heads, head_dim):
+    """In float64, by the definition: the scale 1 / √head_dim is applied, and once.  One row is prefilled, then decodes;
+    another is prefilled in two chunks."""
+    torch.manual_seed(0)
+    hidden, block_size, lengths, first = 48, 16, (38, 45), (37, 20)
+    shape = dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
+    config = ModelConfig.from_hf(
+        dict(vocab_size=9, hidden_size=hidden, intermediate_size=9, num_hidden_layers=1, **shape)
+    )
+    device = torch.device("cpu")
+    layer = Attention(config, make_backend("torch"), torch.float32, device)
+    weights = {name: view.normal_(0, 0.3) for part in (layer.qkv_proj, layer.o_proj)
+               for name, view in part.targets("o_proj" if part is layer.o_proj else "x.qkv").items()}  # fmt: skip
+    cos_sin = rope_table(config.rope, head_dim, 64, device)
+    caches = tuple(torch.full((9, block_size, kv_heads, head_dim), 1e4) for _ in range(2))  # poisoned
+    tables = torch.tensor([[7, 2, 5], [3, 8, 1]], dtype=torch.int32)
+    inputs = [torch.randn(length, hidden) for length in lengths]
+
+    def forward(ranges):
+        """One step that computes tokens [begin, end) of each row.  [tokens, hidden]"""
+        positions = torch.cat([torch.arange(begin, end) for begin, end in ranges])
+        rows = torch.cat([torch.full((end - begin,), row) for row, (begin, end) in enumerate(ranges)])
+        counts = [end - begin for begin, end in ranges]
+        batch = ForwardBatch(
+            token_ids=torch.zeros(len(rows), dtype=torch.int32),
+            positions=positions.int(),
+            slot_mapping=tables[rows, positions // block_size].long() * block_size + positions % block_size,
+            block_tables=tables,
+            seq_lens=torch.tensor([end for _, end in ranges], dtype=torch.int32),
+            num_decodes=int(counts[0] == 1),
+            query_start_loc=torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32),
+            host_seq_lens=[end for _, end in ranges],
+            host_query_start_loc=[0, counts[0], sum(counts)],
+        )
+        x = torch.cat([inputs[row][begin:end] for row, (begin, end) in enumerate(ranges)])
+        return layer(x, cos_sin, caches, batch).split(counts)
+
+    steps = [forward(list(zip((0, 0), first, strict=True))), forward(list(zip(first, lengths, strict=True)))]
+    for row, x in enumerate(inputs):
+        q, k, v = (
+            (x.double() @ weights[f"x.{name}_proj.weight"].double().T).view(len(x), -1, head_dim) for name in "qkv"
+        )
+        angles = torch.arange(len(x)).double()[:, None] / 10000 ** (torch.arange(0, head_dim, 2).double() / head_dim)
+        turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+        q, k = (turn * torch.complex(*x.chunk(2, -1)) for x in (q, k))
+        q, k = (torch.cat([x.real, x.imag], -1) for x in (q, k))
+        k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / head_dim**0.5
+        scores.masked_fill_(torch.ones(len(x), len(x)).triu(1).bool(), float("-inf"))
+        assert scores.softmax(-1)[:, -1].amax() > 0.2, "else the scale would hardly matter"
+        expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1) @ weights["o_proj.weight"].double().T
+        found = torch.cat([step[row] for step in steps])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

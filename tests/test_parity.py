@@ -1,0 +1,164 @@
+"""Greedy tokens in float32 are Hugging Face's, whatever the chunks, the prefix cache, the memory and the schedule."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, TINY_VOCAB
+
+from minivllm import LLM, SamplingParams
+from minivllm.config import ModelConfig
+
+BLOCK_SIZE = 16
+WHOLE = 4096  # a token budget that every prompt fits
+GRID = list(
+    itertools.product(
+        ["cache", "nocache"],  # prefix cache
+        [16, 64, WHOLE],  # max_num_batched_tokens
+        ["ample", "scarce"],  # KV cache
+        ["alone", "together"],  # prompts one by one, or all at once
+        ["sync", "async"],
+    )
+)
+CORNERS = [
+    ("cache", 16, "scarce", "together", "async"),
+    ("cache", 64, "scarce", "alone", "sync"),
+    ("nocache", 64, "scarce", "together", "sync"),
+    ("nocache", WHOLE, "ample", "together", "async"),
+    ("cache", WHOLE, "ample", "together", "sync"),
+]
+FULL_GRID_BY_DEFAULT = ("gqa-tied", "llama3-rope-sharded")
+
+
+def shared_prefix_prompts(lengths, vocab_size):
+    """Random prompts whose starts agree, pairwise and as far as possible, up to block borders and just beside them."""
+    draw = random.Random(0)
+    start = [draw.randrange(vocab_size) for _ in range(max(lengths))]
+    shared = [0, 15, 16, 17, 31, 32, 33, 48]
+    return [
+        start[:k] + [draw.randrange(vocab_size) for _ in range(length - k)]
+        for length, k in zip(lengths, (min(k, n) for k, n in zip(shared, lengths, strict=True)), strict=True)
+    ]
+
+
+PROMPTS = shared_prefix_prompts([1, 15, 16, 17, 32, 33, 48, 65], TINY_VOCAB)
+NUM_TOKENS = 24
+
+
+def run(folder, prompts, num_tokens, cache, budget, memory, order, schedule):
+    """The greedy tokens of minivllm with these settings."""
+    model = ModelConfig.from_hf(json.loads((Path(folder) / "config.json").read_text()))
+    longest = max(map(len, prompts)) + num_tokens
+    num_blocks = -(-longest // BLOCK_SIZE) * (2 * len(prompts) if memory == "ample" else 1) + 1
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+    with LLM(
+        folder,
+        skip_tokenizer_init=True,
+        device="cpu",
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        kv_cache_memory_bytes=num_blocks * BLOCK_SIZE * model.kv_elements_per_token * 4,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=cache == "cache",
+        async_scheduling=schedule == "async",
+    ) as llm:
+        batches = [prompts] if order == "together" else [[prompt] for prompt in prompts]
+        outputs = [output for batch in batches for output in llm.generate(batch, params, use_tqdm=False)]
+        scheduler = llm.engine.scheduler
+        scheduler.check_integrity()
+        assert (scheduler.stats.num_preemptions > 0) == (memory == "scarce" and order == "together")
+        assert (scheduler.stats.num_cached_tokens > 0) == (cache == "cache")
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def check(model, prompts, tokens, expected):
+    """All tokens are the expected ones, up to a tie of the two best logits, which must be proven."""
+    for prompt, got, want in zip(prompts, tokens, expected, strict=True):
+        assert len(got) == len(want)
+        differ = next((i for i in range(len(want)) if got[i] != want[i]), None)
+        if differ is not None:
+            logits = model(torch.tensor([prompt + want[:differ]])).logits[0, -1]
+            gap = (logits[want[differ]] - logits[got[differ]]).item()
+            assert abs(gap) < 1e-4, f"prompt of {len(prompt)} tokens, output token {differ}: {got} is not {want}"
+
+
+def grid_id(values):
+    return "-".join("whole" if value == WHOLE else str(value) for value in values)
+
+
+def cases():
+    for name, settings in itertools.product(TINY, GRID):
+        default = name in FULL_GRID_BY_DEFAULT or settings in CORNERS
+        yield pytest.param(name, settings, id=f"{name}-{grid_id(settings)}", marks=() if default else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "settings"), cases())
+def test_tiny_checkpoints(tiny, greedy, hugging_face, name, settings):
+    folder = tiny(name)
+    expected = greedy(folder, PROMPTS, NUM_TOKENS)
+    assert min(len(set(tokens)) for tokens in expected) > NUM_TOKENS // 2, "the checkpoint repeats itself"
+    check(hugging_face(folder), PROMPTS, run(folder, PROMPTS, NUM_TOKENS, *settings), expected)
+
+
+TEXTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived an old fisherman who",
+    "def fibonacci(n):\n    ",
+    "Q: What is the boiling point of water at sea level?\nA:",
+    "The three laws of motion were formulated by",
+    "Dear Sir or Madam,\n\nI am writing to complain about",
+    "import numpy as np\n\n# The mean of each row\nx = np.arange(12).reshape(3, 4)\n",
+    "To make a good cup of coffee, first",
+    "Photosynthesis is the process by which",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "She opened the letter with trembling hands and read the first line:",
+    "The difference between a virus and a bacterium is that",
+    "SELECT name, price FROM products WHERE",
+    "Water freezes at 0 degrees, and it",
+    "In 1969, for the first time in history, human beings",
+    "A haiku about autumn:\n",
+    "The French word for 'apple' is 'pomme'; the German word is",
+    "My favourite book is about a lighthouse keeper. It begins like this:",
+    "List of the planets, from the Sun outward: Mercury, Venus,",
+    "Hello",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(embedded):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(embedded)
+
+
+def test_embedded_model(embedded, tokenizer, greedy, hugging_face):
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
+    with LLM(embedded, skip_tokenizer_init=True, device="cpu") as llm:
+        params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    check(hugging_face(embedded), prompts, tokens, greedy(embedded, prompts, 64))
+
+
+def test_embedded_model_past_2048_tokens(embedded, tokenizer, greedy, hugging_face):
+    """One prompt starts past 2,048 tokens, the other crosses them while it decodes."""
+    prompts = []
+    for seed, length in enumerate([2100, 2040]):
+        texts = random.Random(seed).choices(TEXTS, k=400)
+        prompts.append(tokenizer("\n\n".join(texts)).input_ids[:length])
+        assert len(prompts[-1]) == length
+    with LLM(embedded, skip_tokenizer_init=True, device="cpu", max_num_batched_tokens=1024) as llm:
+        params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+    check(hugging_face(embedded), prompts, tokens, greedy(embedded, prompts, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", GRID, ids=grid_id)
+def test_embedded_model_over_the_grid(embedded, tokenizer, greedy, hugging_face, settings):
+    text = tokenizer("\n\n".join(TEXTS)).input_ids
+    lengths = [1, 15, 16, 17, 32, 33, 48, 64]
+    prompts = [text[:n] + tokenizer(end).input_ids for n, end in zip(lengths, TEXTS[:8], strict=True)]
+    check(hugging_face(embedded), prompts, run(embedded, prompts, 32, *settings), greedy(embedded, prompts, 32))
