@@ -17,7 +17,7 @@ if not ON_GPU:
 TINY = {
     "mha": dict(num_key_value_heads=4),
     "gqa-tied": dict(num_key_value_heads=2, tie_word_embeddings=True),
-    "bias": dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True),
+    "bias": dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, rms_norm_eps=0.1),
     "odd-head-dim": dict(num_key_value_heads=1, head_dim=20, rope_parameters=dict(rope_theta=500.0)),
     "llama3-rope-sharded": dict(
         num_key_value_heads=2,
