@@ -39,8 +39,8 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
 
 
 def check_int(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless `value` is an int (not a bool) of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    """Raise ValueError unless `value` is an int (not a bool) of at least `least`, and of 64 bits at most."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
@@ -87,12 +87,13 @@ class EngineConfig:
             ("load_format", {name: name for name in LOAD_FORMATS}),
             ("backend", {name: name for name in ("auto", "torch", "triton")}),
         ):
-            if getattr(self, name) not in allowed:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
             object.__setattr__(self, name, allowed[getattr(self, name)])
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in ("bool", "bool | None") and not isinstance(value, bool) and value is not None:
+            is_none = value is None and field.type == "bool | None"
+            if field.type in ("bool", "bool | None") and not isinstance(value, bool) and not is_none:
                 raise ValueError(f"{field.name} must be True or False, got {value!r}")
         if not isinstance(self.gpu_memory_utilization, (int, float)) or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")

@@ -7,6 +7,7 @@ import itertools
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
 Message = dict[str, Any]
+CheckedRequest = tuple[list[int], SamplingParams, str | None]  # token ids, params, text if known
 
 
 class LLM:
@@ -69,6 +71,7 @@ class LLM:
         self._executor = LocalExecutor(self.config, self.model_config, files.weights)
         self.engine = Engine(self.config, self.model_config, self._executor, self._tokenizer)
         self._request_ids = itertools.count()
+        self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request: the outputs its call has not taken yet
         self._is_shut_down = False
 
     def generate(
@@ -86,13 +89,13 @@ class LLM:
         Raises ValueError for wrong input before any request is started.  Ctrl-C aborts these requests and raises
         KeyboardInterrupt; the engine stays usable.
         """
-        requests = self._add_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)
-        done: dict[str, RequestOutput] = {}
+        requests = self._check_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)
+        done: list[RequestOutput] = []
         with tqdm(total=len(requests), desc="Processed prompts", unit="req", disable=not use_tqdm) as bar:
             start = time.monotonic()
             num_in = num_out = 0
             for output in self._run(requests):
-                done[output.request_id] = output
+                done.append(output)
                 num_in += len(output.prompt_token_ids)
                 num_out += len(output.outputs[0].token_ids)
                 seconds = max(time.monotonic() - start, 1e-9)
@@ -100,7 +103,7 @@ class LLM:
                     f"input: {num_in / seconds:.1f} tok/s, output: {num_out / seconds:.1f} tok/s", False
                 )
                 bar.update()
-        return [done[request_id] for request_id in requests]
+        return sorted(done, key=lambda output: int(output.request_id))  # ids count up in the order of the prompts
 
     def stream(
         self,
@@ -111,7 +114,7 @@ class LLM:
 
         Request ids are numbers that count up in the order of the prompts.  Closing the generator aborts the requests.
         """
-        return self._run(self._add_requests(prompts, sampling_params, RequestOutputKind.DELTA))
+        return self._run(self._check_requests(prompts, sampling_params, RequestOutputKind.DELTA))
 
     def chat(
         self,
@@ -170,13 +173,13 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _add_requests(
+    def _check_requests(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         output_kind: RequestOutputKind,
-    ) -> list[str]:
-        """Check all prompts, then queue them all; returns their request ids."""
+    ) -> list[CheckedRequest]:
+        """What `_run` takes, or a ValueError that says which prompt or params are wrong."""
         if self._is_shut_down:
             raise ValueError("this LLM was shut down; make another")
         if isinstance(prompts, (str, dict)) or (
@@ -189,6 +192,8 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, Sequence):
+            raise ValueError(f"sampling_params must be SamplingParams or a list of them, got {sampling_params!r}")
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts; give one for all or "
@@ -206,10 +211,7 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"prompts[{i}]: {error}") from None
             checked.append((token_ids, params, text))
-        request_ids = [str(next(self._request_ids)) for _ in checked]
-        for request_id, (token_ids, params, text) in zip(request_ids, checked, strict=True):
-            self.engine.add_request(request_id, token_ids, params, text)
-        return request_ids
+        return checked
 
     def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
         """(text if known, token ids) of one prompt."""
@@ -225,20 +227,30 @@ class LLM:
             raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
         return text, list(prompt)
 
-    def _run(self, request_ids: Sequence[str]) -> Iterator[RequestOutput]:
-        """Step the engine until these requests are done; abort what is left of them if that is cut short."""
-        unfinished = set(request_ids)
+    def _run(self, requests: Sequence[CheckedRequest]) -> Iterator[RequestOutput]:
+        """Queue requests and step the engine until they are done; abort what is left of them if that is cut short.
+
+        Other calls may run meanwhile: whoever steps the engine puts each output where its own call finds it.
+        """
+        inbox: deque[RequestOutput] = deque()
+        request_ids = [str(next(self._request_ids)) for _ in requests]
         try:
+            for request_id, (token_ids, params, text) in zip(request_ids, requests, strict=True):
+                self._inboxes[request_id] = inbox
+                self.engine.add_request(request_id, token_ids, params, text)
+            unfinished = set(request_ids)
             while unfinished:
                 with _deferred_interrupt():
-                    outputs = self.engine.step()
-                for output in outputs:
-                    if output.request_id in unfinished:
-                        if output.finished:
-                            unfinished.remove(output.request_id)
-                        yield output
+                    for output in self.engine.step():
+                        if output.request_id in self._inboxes:
+                            self._inboxes[output.request_id].append(output)
+                unfinished &= self.engine.scheduler.requests.keys()  # those that ended or were aborted are gone
+                while inbox:
+                    yield inbox.popleft()
         finally:
-            self.engine.abort_requests(unfinished)
+            self.engine.abort_requests(request_ids)
+            for request_id in request_ids:
+                self._inboxes.pop(request_id, None)
 
 
 def _device(name: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from minivllm.config import check_int, reject_unknown
 
 MIN_TEMPERATURE = 0.01  # below it logits / temperature overflows; vLLM raises smaller ones to it too
+MAX_FLOAT32 = 3.4e38
+MAX_INT32 = 2**31 - 1
 
 # vLLM options that are not supported yet, each with the one value that asks for nothing.
 NOT_SUPPORTED_YET = {
@@ -93,7 +95,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= MAX_FLOAT32:
                 raise ValueError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
@@ -114,6 +116,11 @@ class SamplingParams:
         check_int("min_tokens", self.min_tokens, 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+        for name in ("top_k", "min_tokens"):
+            if getattr(self, name) > MAX_INT32:
+                raise ValueError(f"{name} must be at most {MAX_INT32}, got {getattr(self, name)}")
+        if not isinstance(self.stop_token_ids, (list, tuple, set, type(None))):
+            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
         self.stop_token_ids = list(self.stop_token_ids or [])
         for token_id in self.stop_token_ids:
             check_int("stop_token_ids", token_id, 0)

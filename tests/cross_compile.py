@@ -29,6 +29,10 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages")
 compiled = {}
 
 
+def descriptor_type(value):
+    return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
+
+
 def compile_instead(kernel, *args, grid, warmup, **kwargs):
     """Stand in for a launch: compile for the target with the types and constants of this call."""
     options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
@@ -39,7 +43,7 @@ def compile_instead(kernel, *args, grid, warmup, **kwargs):
     signature = {
         name: "constexpr" if name in constants
         else TYPES[value.dtype] if isinstance(value, torch.Tensor)
-        else f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>" if isinstance(value, TensorDescriptor)
+        else descriptor_type(value) if isinstance(value, TensorDescriptor)
         else "fp32" if isinstance(value, float) else "i32"
         for name, value in values.items()
     }  # fmt: skip

@@ -19,7 +19,10 @@ class Detokenizer:
         self.text = ""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._token_ids = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
+        first = max(0, len(prompt_token_ids) - NUM_CONTEXT_TOKENS)
+        while first > 0 and self._decode(prompt_token_ids[first:]).startswith("\ufffd"):
+            first -= 1  # the context must not begin inside a character
+        self._token_ids = list(prompt_token_ids[first:])
         self._start = 0  # the tokens before it are not decoded again; a character never straddles it
         self._done = len(self._token_ids)  # tokens whose text is out (or is the prompt's)
 
@@ -37,7 +40,7 @@ class Detokenizer:
         self.text += new
         return new
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(
             token_ids, skip_special_tokens=self._skip_special_tokens, clean_up_tokenization_spaces=False
         )

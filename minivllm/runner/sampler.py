@@ -88,7 +88,7 @@ def truncate(
     values.masked_fill_(ranks[None, :] >= limit[:, None], float("-inf"))
     probabilities = values.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # mass of the more likely tokens
-    values.masked_fill_((before >= top_p[:, None]) & (top_p < 1)[:, None], float("-inf"))
+    values.masked_fill_((before >= top_p[:, None]) & (top_p < 1)[:, None] & (ranks > 0), float("-inf"))
     dropped = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, order, values == float("-inf"))
     logits.masked_fill_(dropped, float("-inf"))
 
