@@ -7,6 +7,7 @@ executor and handed to the scheduler.  `ModelConfig.from_hf` is the one place th
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -97,7 +98,7 @@ class EngineConfig:
                 raise ValueError(f"{field.name} must be True or False, got {value!r}")
         if not isinstance(self.gpu_memory_utilization, (int, float)) or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
-        if self.device != "auto" and self.device.split(":")[0] not in ("cuda", "cpu"):
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be 'auto', 'cuda', 'cuda:N' or 'cpu', got {self.device!r}")
         if self.tensor_parallel_size > 1:
             raise ValueError("tensor_parallel_size > 1 is not supported yet; use 1")

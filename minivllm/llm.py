@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import signal
 import threading
 import time
@@ -43,13 +44,16 @@ class LLM:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         tokenizer: str | None = None,
         revision: str | None = None,
         skip_tokenizer_init: bool = False,
         **arguments: Any,
     ) -> None:
+        if model is not None and not isinstance(model, (str, os.PathLike)):
+            raise ValueError(f"model must be a folder, a hub id, a .gguf file or None, got {model!r}")
+        model = None if model is None else os.fspath(model)
         config = EngineConfig.from_arguments(arguments)
         device = _device(config.device)
         dummy = config.load_format == "dummy"
@@ -128,7 +132,9 @@ class LLM:
 
         messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        if not isinstance(messages, Sequence) or not messages:
+            raise ValueError(f"messages must be a conversation or a list of them, got {messages!r}")
+        conversations = [messages] if isinstance(messages[0], dict) else messages
         prompts = [self.preprocess_chat(m, add_generation_prompt=add_generation_prompt) for m in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 

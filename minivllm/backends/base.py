@@ -17,9 +17,13 @@ KVCache = tuple[torch.Tensor, torch.Tensor]  # K and V of one layer, each [block
 
 
 class Backend(ABC):
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """A loaded weight [out, in] in the layout that `linear` likes best."""
+        return weight
+
     @abstractmethod
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x Wᵀ + b.  x: [T, in]; weight: [out, in]; bias: [out].  Returns [T, out]."""
+        """x Wᵀ + b.  x: [T, in]; weight: [out, in], of `pack`; bias: [out].  Returns [T, out]."""
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -16,7 +16,9 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype, device=device), requires_grad=False)
+        self.weight: torch.Tensor = nn.Parameter(
+            torch.empty(out_size, in_size, dtype=dtype, device=device), requires_grad=False
+        )
         self.bias = (
             nn.Parameter(torch.empty(out_size, dtype=dtype, device=device), requires_grad=False) if bias else None
         )
@@ -24,6 +26,12 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, in] -> [tokens, out]."""
         return self.backend.linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Once loaded: keep the weight in the layout that the backend likes best."""
+        packed = self.backend.pack(self.weight.data)
+        del self.weight
+        self.weight = packed
 
     def targets(self, name: str) -> dict[str, torch.Tensor]:
         found = {f"{name}.weight": self.weight.data}

@@ -91,9 +91,7 @@ class LlamaForCausalLM(nn.Module):
     def compute_logits(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head of the given rows: [rows, hidden] twice -> [rows, vocab_size]."""
         hidden, _ = self.model.norm(x, residual)
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        return self.backend.linear(hidden, self.model.embed_tokens.weight, None)
+        return self.backend.linear(hidden, self.head, None)
 
     def weight_targets(self) -> dict[str, torch.Tensor]:
         """Every checkpoint tensor the model takes, by its name there, with the view of a parameter it goes to."""
@@ -102,6 +100,13 @@ class LlamaForCausalLM(nn.Module):
             if hasattr(module, "targets"):
                 targets.update(module.targets(path))
         return targets
+
+    def finish_loading(self) -> None:
+        """To be called when all weights are there."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        self.head = self.backend.pack(self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head.weight
 
     def ignores_weight(self, name: str) -> bool:
         """Whether a checkpoint may bring tensor `name` although the model does not take it."""

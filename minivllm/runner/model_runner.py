@@ -59,6 +59,7 @@ class ModelRunner:
             fill_dummy(targets, config.seed)
         else:
             load_weights(targets, weights, self.model.ignores_weight, progress=True)
+        self.model.finish_loading()
         self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size)
         num_slots, num_columns = self.slots.block_table.shape
         self.last_token = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
