@@ -167,6 +167,19 @@ def test_silu_and_mul(size, dtype):
     assert error(kernels.silu_and_mul(x), TorchBackend().silu_and_mul(x)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)  # float32 is left to cuBLAS
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "rows, in_size, out_size", [(1, 256, 8), (1, 3000, 12), (2, 128, 64), (17, 384, 128), (64, 256, 64)]
+)
+def test_small_linear(rows, in_size, out_size, bias, dtype):
+    x, weight = torch.randn(rows, in_size, device=DEVICE), torch.randn(out_size, in_size, device=DEVICE)
+    x, weight = x.to(dtype), weight.to(dtype)
+    b = torch.randn(out_size, device=DEVICE).to(dtype) if bias else None
+    ref = x.double() @ weight.double().T + (b.double() if bias else 0)
+    assert error(kernels.small_linear(x, weight, b), ref) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("vocab_size", [50, 8192, 20000])
 def test_sample(vocab_size):
     """The same tokens as the torch backend, greedy and drawn, written to the slots too; ties go to the lowest id."""

@@ -4,6 +4,7 @@ They run on a GPU, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1
 """
 
 from minivllm.kernels.activation import silu_and_mul
+from minivllm.kernels.linear import has_kernel, small_linear
 from minivllm.kernels.norm import add_rms_norm, rms_norm
 from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, plan_paged_decode
 from minivllm.kernels.prefill import QUERY_TILE, paged_attention_prefill
@@ -14,6 +15,7 @@ __all__ = [
     "QUERY_TILE",
     "DecodePlan",
     "add_rms_norm",
+    "has_kernel",
     "paged_attention_decode",
     "paged_attention_prefill",
     "plan_paged_decode",
@@ -21,4 +23,5 @@ __all__ = [
     "rope_and_store_kv",
     "sample",
     "silu_and_mul",
+    "small_linear",
 ]

@@ -81,6 +81,9 @@ class ModelRunner:
         self.kv_caches = allocate_kv_cache(model_config, self.num_blocks, config.block_size, self.dtype, self.device)
         if use_graphs:
             self.graphs.capture(self.sizes, self._padding_inputs, self._decode)
+        elif self.on_gpu:
+            for size in self.sizes:  # nothing is left to compile later
+                self._decode(self._padding_inputs(size))
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepTokens:

@@ -1,0 +1,111 @@
+"""x Wᵀ + b for few rows, where reading W is all the time goes to and cuBLAS leaves a tenth of the bandwidth unused.
+
+One row: a program takes VECTOR_ROWS rows of W, VECTOR_COLUMNS columns at a time, multiplies and adds elementwise, and
+sums at the end: no tensor cores, many small programs, all loads in flight at once.  Up to 64 rows: a program takes 64
+rows of W as the left operand of `tl.dot`, so that the few rows of x are the narrow side of the tensor cores' tile.
+
+`has_kernel` says which shapes these kernels are faster for than cuBLAS: measured on H100 (the shapes of Llama 1B, 7B
+and 8B in bfloat16, inputs rotating beyond the L2, inside a CUDA graph).  On other chips nothing was measured, and
+cuBLAS is used.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+MEASURED_ON = (9, 0)  # compute capability
+MAX_ROWS = 64
+VECTOR_ROWS, VECTOR_COLUMNS = 4, 2048
+DOT_ROWS, DOT_COLUMNS, DOT_STAGES = 64, 128, 5
+
+
+@triton.jit
+def _vector_kernel(
+    x, weight, bias, out, in_size,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    w_ptrs = weight + rows[:, None].to(tl.int64) * in_size + columns[None, :]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, in_size, COLUMNS):
+        if EVEN:
+            w = tl.load(w_ptrs + start, eviction_policy="evict_first")
+            v = tl.load(x + start + columns)
+        else:
+            mask = start + columns < in_size
+            w = tl.load(w_ptrs + start, mask[None, :], 0.0, eviction_policy="evict_first")
+            v = tl.load(x + start + columns, mask, 0.0)
+        acc += w.to(tl.float32) * v.to(tl.float32)[None, :]
+    result = tl.sum(acc, 1)
+    if HAS_BIAS:
+        result += tl.load(bias + rows).to(tl.float32)
+    tl.store(out + rows, result.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _dot_kernel(
+    x, weight, bias, out, num_rows, out_size, in_size, stride_x,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    w_base = weight + tl.program_id(0).to(tl.int64) * ROWS * in_size
+    w_offs = tl.arange(0, ROWS)[:, None] * in_size + columns[None, :]
+    x_offs = offs_m[:, None] * stride_x + columns[None, :]
+    mask = (offs_m < num_rows)[:, None]
+    acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    for start in tl.range(0, in_size, COLUMNS, num_stages=STAGES):
+        w = tl.load(w_base + start + w_offs, eviction_policy="evict_first")
+        v = tl.load(x + start + x_offs, mask, 0.0)
+        acc = tl.dot(w, tl.trans(v), acc)
+    if HAS_BIAS:
+        acc += tl.load(bias + offs_n).to(tl.float32)[:, None]
+    place = offs_m[None, :] * out_size + offs_n[:, None]
+    tl.store(out + place, acc.to(out.dtype.element_ty), (offs_m < num_rows)[None, :])
+
+
+@functools.cache
+def _is_measured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == MEASURED_ON
+
+
+def has_kernel(rows: int, weight: torch.Tensor) -> bool:
+    """Whether `small_linear` is the faster way to multiply `rows` rows with `weight` [out, in] on its GPU."""
+    if rows > MAX_ROWS or weight.element_size() != 2 or not _is_measured(weight.device):
+        return False
+    out_size, in_size = weight.shape
+    if rows == 1:
+        return out_size % VECTOR_ROWS == 0 and in_size >= 1024
+    if out_size % DOT_ROWS or in_size % DOT_COLUMNS:
+        return False
+    if rows <= 16:
+        return out_size >= 4096
+    return out_size >= 16384 or (out_size >= 4096 and in_size > 8192)
+
+
+def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + b.  x: [rows, in], rows ≤ 64; weight: [out, in], contiguous, out a multiple of 4 (one row) or 64, in, for
+    more than one row, of 128; bias: [out] or None.  Returns [rows, out]."""
+    rows, in_size = x.shape
+    out_size = weight.shape[0]
+    out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
+    has_bias = bias is not None
+    if rows == 1:
+        columns = min(VECTOR_COLUMNS, triton.next_power_of_2(in_size))
+        _vector_kernel[(out_size // VECTOR_ROWS,)](
+            x, weight, bias if has_bias else weight, out, in_size, HAS_BIAS=has_bias, EVEN=in_size % columns == 0,
+            ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+    else:
+        _dot_kernel[(out_size // DOT_ROWS,)](
+            x, weight, bias if has_bias else weight, out, rows, out_size, in_size, x.stride(0), HAS_BIAS=has_bias,
+            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS, STAGES=DOT_STAGES,
+            num_warps=4,
+        )  # fmt: skip
+    return out
