@@ -18,6 +18,9 @@ from minivllm import kernels
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
 device.shared_memory = lambda _: limit
 prefill.has_tensor_copies = lambda _: capability >= 90
+for name, module in list(sys.modules.items()):
+    if name.startswith("minivllm.kernels.") and hasattr(module, "launch_options"):
+        module.launch_options = lambda _: {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -25,7 +28,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-LAUNCH_OPTIONS = ("num_warps", "num_stages")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 compiled = {}
 
 

@@ -22,13 +22,14 @@ def error(out, ref):
 
 def paged(seq_lens, kv_heads, head_dim, block_size, dtype, *, num_columns=None, layout="nhd"):
     """(k_cache, v_cache, block_tables, keys, values): random caches under permuted blocks, every slot that no sequence
-    uses poisoned with NaN; keys[r], values[r]: [len, kv_heads, head_dim]."""
+    uses poisoned: K with NaN, V, which must be finite, with a large number; keys[r], values[r]: [len, kv_heads,
+    head_dim]."""
     columns = num_columns or max(1, max(-(-n // block_size) for n in seq_lens))
     num_blocks = sum(-(-n // block_size) for n in seq_lens) + 3
     shape = (num_blocks, block_size, kv_heads, head_dim)
     if layout == "hnd":
         shape = (num_blocks, kv_heads, block_size, head_dim)
-    k, v = (torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    k, v = (torch.full(shape, poison, dtype=dtype, device=DEVICE) for poison in (float("nan"), 6e4))
     if layout == "hnd":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     order = iter(torch.randperm(num_blocks).tolist())

@@ -61,7 +61,8 @@ class TorchBackend(Backend):
         rotated = torch.addcmul(x * plan.cos, swapped, plan.signed_sin).to(qkv.dtype)
         k, v = rotated[plan.stored, num_heads:], heads[plan.stored, num_heads + kv_heads :]
         k_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, k)
-        v_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, v)
+        # Attention multiplies what it masks by 0, so what lies in a block must be finite.
+        v_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, v.nan_to_num())
         return rotated[:, :num_heads]
 
     def attention(self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float) -> torch.Tensor:
@@ -134,7 +135,7 @@ class TorchBackend(Backend):
         if drawn.any():
             noise = gumbel_noise(seeds[drawn], positions[drawn], logits.shape[1])
             logits = logits.clone()
-            logits[drawn] = logits[drawn] / temperature[drawn, None] + noise
+            logits[drawn] = logits[drawn] * (1 / temperature[drawn, None]) + noise
         tokens = logits.argmax(-1).to(torch.int32)
         last_token[slots] = tokens
         return tokens

@@ -1,10 +1,30 @@
-"""What the launchers need to know of the GPU at hand."""
+"""What the launchers need to know of the GPU at hand, and how kernels follow one another."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Programmatic dependent launch: a kernel may start while the one before it still runs, and waits here until that
+    has ended.  Before this, it may read nothing but weights, which no kernel writes.  Now the next may start.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Arguments for every launch: PDL where the GPU has it (from Hopper on)."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 @functools.cache

@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from minivllm.kernels.device import launch_options, wait_for_inputs
+
 MEASURED_ON = (9, 0)  # compute capability
 MAX_ROWS = 64
 VECTOR_ROWS, VECTOR_COLUMNS = 4, 2048
@@ -26,21 +28,20 @@ DOT_ROWS, DOT_COLUMNS, DOT_STAGES = 64, 128, 5
 @triton.jit
 def _vector_kernel(
     x, weight, bias, out, in_size,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     w_ptrs = weight + rows[:, None].to(tl.int64) * in_size + columns[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    w = tl.load(w_ptrs, (columns < in_size)[None, :], 0.0, eviction_policy="evict_first")
+    wait_for_inputs(PDL)
     for start in range(0, in_size, COLUMNS):
-        if EVEN:
-            w = tl.load(w_ptrs + start, eviction_policy="evict_first")
-            v = tl.load(x + start + columns)
-        else:
-            mask = start + columns < in_size
-            w = tl.load(w_ptrs + start, mask[None, :], 0.0, eviction_policy="evict_first")
-            v = tl.load(x + start + columns, mask, 0.0)
-        acc += w.to(tl.float32) * v.to(tl.float32)[None, :]
+        v = tl.load(x + start + columns, start + columns < in_size, 0.0)
+        product = w.to(tl.float32) * v.to(tl.float32)[None, :]
+        more = start + COLUMNS + columns < in_size
+        w = tl.load(w_ptrs + start + COLUMNS, more[None, :], 0.0, eviction_policy="evict_first")
+        acc += product
     result = tl.sum(acc, 1)
     if HAS_BIAS:
         result += tl.load(bias + rows).to(tl.float32)
@@ -51,6 +52,7 @@ def _vector_kernel(
 def _dot_kernel(
     x, weight, bias, out, num_rows, out_size, in_size, stride_x,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -60,6 +62,7 @@ def _dot_kernel(
     x_offs = offs_m[:, None] * stride_x + columns[None, :]
     mask = (offs_m < num_rows)[:, None]
     acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    wait_for_inputs(PDL)
     for start in tl.range(0, in_size, COLUMNS, num_stages=STAGES):
         w = tl.load(w_base + start + w_offs, eviction_policy="evict_first")
         v = tl.load(x + start + x_offs, mask, 0.0)
@@ -84,9 +87,7 @@ def has_kernel(rows: int, weight: torch.Tensor) -> bool:
         return out_size % VECTOR_ROWS == 0 and in_size >= 1024
     if out_size % DOT_ROWS or in_size % DOT_COLUMNS:
         return False
-    if rows <= 16:
-        return out_size >= 4096
-    return out_size >= 16384 or (out_size >= 4096 and in_size > 8192)
+    return out_size >= 4096 or in_size <= out_size
 
 
 def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -99,13 +100,13 @@ def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if rows == 1:
         columns = min(VECTOR_COLUMNS, triton.next_power_of_2(in_size))
         _vector_kernel[(out_size // VECTOR_ROWS,)](
-            x, weight, bias if has_bias else weight, out, in_size, HAS_BIAS=has_bias, EVEN=in_size % columns == 0,
-            ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4,
+            x, weight, bias if has_bias else weight, out, in_size, HAS_BIAS=has_bias,
+            ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4, **launch_options(x.device),
         )  # fmt: skip
     else:
         _dot_kernel[(out_size // DOT_ROWS,)](
             x, weight, bias if has_bias else weight, out, rows, out_size, in_size, x.stride(0), HAS_BIAS=has_bias,
             BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS, STAGES=DOT_STAGES,
-            num_warps=4,
+            num_warps=4, **launch_options(x.device),
         )  # fmt: skip
     return out

@@ -6,15 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
+from minivllm.kernels.device import launch_options, wait_for_inputs
+
 
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, out, residual_out, stride_x, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
-):
+    x, residual, weight, out, residual_out, stride_x, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     mask = offs < SIZE
     w = tl.load(weight + offs, mask, 0.0)
+    wait_for_inputs(PDL)
     value = tl.load(x + row * stride_x + offs, mask, 0.0)
     if ADD:
         value = (value.to(tl.float32) + tl.load(residual + row * SIZE + offs, mask, 0.0)).to(value.dtype)
@@ -54,4 +58,5 @@ def _launch(
     _rms_norm_kernel[(rows,)](
         x, residual, weight, out, residual_out, x.stride(0), eps,
         SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=add, num_warps=8 if size > 2048 else 4,
+        **launch_options(x.device),
     )  # fmt: skip

@@ -2,9 +2,9 @@
 
 One program computes one tile of queries of one head.  The host lists the tiles, so that the grid has no empty programs,
 row by row, so that programs which run together read the same keys, and in a row those with most keys first, so that it
-ends evenly.  Keys before the tile's first query need no mask and run in a loop of their
-own; the diagonal runs in a second one.  Where the GPU can copy whole tiles by descriptor, and a tile lies in one block,
-they are copied so.  The softmax scale is applied here and nowhere else.
+ends evenly.  Only key tiles on the diagonal are masked.  Where the GPU can copy whole tiles by descriptor, and a tile
+lies in one block, they are copied so, with what lies behind the end of the keys: it must be finite, since it is
+multiplied by 0.  The softmax scale is applied here and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,67 +14,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minivllm.kernels.device import has_tensor_copies, num_buffers
+from minivllm.kernels.device import has_tensor_copies, launch_options, num_buffers, wait_for_inputs
 from minivllm.kernels.paged_decode import LOG2E
 from minivllm.runner.forward_batch import QUERY_TILE
 
 KEY_TILE = 64
-
-
-@triton.jit
-def _attend(
-    acc, l, m, q_tile, k_cache, v_cache, table, begin, end, positions, kv_len, scale_log2e, kv_head,  # noqa: E741
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, mask_d,
-    MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    TENSOR_COPIES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Attend to key tiles [begin, end), masked by causality and length if MASKED."""
-    offs_n = tl.arange(0, TILE)
-    offs_d = tl.arange(0, BLOCK_D)
-    k_offs = offs_n[:, None] * stride_kt + offs_d[None, :]
-    v_offs = offs_n[:, None] * stride_vt + offs_d[None, :]
-    for t in tl.range(begin, end, num_stages=STAGES):
-        tokens = t * TILE + offs_n
-        in_length = tokens < kv_len
-        if TENSOR_COPIES:
-            block = tl.load(table + (t * TILE) // BLOCK_SIZE)
-            k = k_cache.load([block, (t * TILE) % BLOCK_SIZE, kv_head, 0]).reshape(TILE, BLOCK_D)
-            v = v_cache.load([block, (t * TILE) % BLOCK_SIZE, kv_head, 0]).reshape(TILE, BLOCK_D)
-            if MASKED:
-                v = tl.where(in_length[:, None], v, 0.0)  # nothing times what was never written could be NaN
-        else:
-            if BLOCK_SIZE % TILE == 0:  # a tile lies in one block: one scalar load
-                block = tl.load(table + (t * TILE) // BLOCK_SIZE).to(tl.int64)
-                first = (t * TILE) % BLOCK_SIZE
-                k_ptrs = k_cache + (block * stride_kb + first * stride_kt + kv_head * stride_kh) + k_offs
-                v_ptrs = v_cache + (block * stride_vb + first * stride_vt + kv_head * stride_vh) + v_offs
-            else:
-                blocks = tl.load(table + tokens // BLOCK_SIZE, in_length, 0).to(tl.int64)
-                within = tokens % BLOCK_SIZE
-                k_rows = blocks * stride_kb + within * stride_kt + kv_head * stride_kh
-                v_rows = blocks * stride_vb + within * stride_vt + kv_head * stride_vh
-                k_ptrs = k_cache + k_rows[:, None] + offs_d[None, :]
-                v_ptrs = v_cache + v_rows[:, None] + offs_d[None, :]
-            if MASKED:
-                k = tl.load(k_ptrs, in_length[:, None] & mask_d[None, :], 0.0)
-                v = tl.load(v_ptrs, in_length[:, None] & mask_d[None, :], 0.0)
-            elif EVEN_D:
-                k = tl.load(k_ptrs)
-                v = tl.load(v_ptrs)
-            else:
-                k = tl.load(k_ptrs, mask_d[None, :], 0.0)
-                v = tl.load(v_ptrs, mask_d[None, :], 0.0)
-        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
-        if MASKED:
-            scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2e)  # finite: key 0 is never masked
-        p = tl.exp2(scores * scale_log2e - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        l = l * alpha + tl.sum(p, 1)  # noqa: E741
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-        m = m_new
-    return acc, l, m
 
 
 @triton.jit
@@ -84,18 +28,21 @@ def _prefill_kernel(
     stride_ot, stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TENSOR_COPIES: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) // SPLIT
+    wait_for_inputs(PDL)
+    head = tl.program_id(0)
+    tile = tl.program_id(1) // SPLIT
     row = tl.load(query_tiles + tile * 2)
-    first = tl.load(query_tiles + tile * 2 + 1) + tl.program_id(0) % SPLIT * BLOCK_M
-    head = tl.program_id(1)
+    first = tl.load(query_tiles + tile * 2 + 1) + tl.program_id(1) % SPLIT * BLOCK_M
     q_start = tl.load(query_start_loc + row)
     q_len = tl.load(query_start_loc + row + 1) - q_start
     if first >= q_len:
         return
     kv_len = tl.load(seq_lens + row)
+    kv_head = head // GROUP
     offs_m = first + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     mask = (offs_m < q_len)[:, None] & mask_d[None, :]
@@ -106,21 +53,47 @@ def _prefill_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     table = block_tables + row.to(tl.int64) * stride_bt
-    kv_head = head // GROUP
+    k_offs = offs_n[:, None] * stride_kt + offs_d[None, :]
+    v_offs = offs_n[:, None] * stride_vt + offs_d[None, :]
     diagonal = (kv_len - q_len + first + 1) // TILE  # key tiles before it are seen by every query
     end = tl.cdiv(tl.minimum(kv_len - q_len + first + BLOCK_M, kv_len), TILE)
-    acc, l, m = _attend(  # noqa: E741
-        acc, l, m, q_tile, k_cache, v_cache, table, 0, diagonal, positions, kv_len, scale_log2e, kv_head,
-        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, mask_d,
-        False, BLOCK_SIZE, TILE, BLOCK_D, HEAD_DIM == BLOCK_D, TENSOR_COPIES, STAGES,
-    )  # fmt: skip
-    acc, l, m = _attend(  # noqa: E741
-        acc, l, m, q_tile, k_cache, v_cache, table, diagonal, end, positions, kv_len, scale_log2e, kv_head,
-        stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, mask_d,
-        True, BLOCK_SIZE, TILE, BLOCK_D, HEAD_DIM == BLOCK_D, TENSOR_COPIES, STAGES,
-    )  # fmt: skip
+    for t in tl.range(0, end, num_stages=STAGES):
+        tokens = t * TILE + offs_n
+        in_length = (tokens < kv_len)[:, None] & mask_d[None, :]
+        if TENSOR_COPIES:
+            block = tl.load(table + t * TILE // BLOCK_SIZE)
+            k = k_cache.load([block, t * TILE % BLOCK_SIZE, kv_head, 0]).reshape(TILE, BLOCK_D)
+        elif BLOCK_SIZE % TILE == 0:  # a tile lies in one block: one scalar load
+            block = tl.load(table + t * TILE // BLOCK_SIZE).to(tl.int64)
+            first_in_block = t * TILE % BLOCK_SIZE
+            k_base = k_cache + (block * stride_kb + first_in_block * stride_kt + kv_head * stride_kh)
+            k = tl.load(k_base + k_offs, in_length, 0.0)
+        else:
+            blocks = tl.load(table + tokens // BLOCK_SIZE, tokens < kv_len, 0).to(tl.int64)
+            k_rows = blocks * stride_kb + tokens % BLOCK_SIZE * stride_kt + kv_head * stride_kh
+            k = tl.load(k_cache + k_rows[:, None] + offs_d[None, :], in_length, 0.0)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        if t >= diagonal:
+            scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2e)  # finite: key 0 is never masked
+        p = tl.exp2(scores * scale_log2e - m_new[:, None])
+        alpha = tl.exp2(m - m_new)
+        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        acc = acc * alpha[:, None]
+        if TENSOR_COPIES:
+            v = v_cache.load([block, t * TILE % BLOCK_SIZE, kv_head, 0]).reshape(TILE, BLOCK_D)
+        elif BLOCK_SIZE % TILE == 0:
+            v_base = v_cache + (block * stride_vb + first_in_block * stride_vt + kv_head * stride_vh)
+            v = tl.load(v_base + v_offs, in_length, 0.0)
+        else:
+            v_rows = blocks * stride_vb + tokens % BLOCK_SIZE * stride_vt + kv_head * stride_vh
+            v = tl.load(v_cache + v_rows[:, None] + offs_d[None, :], in_length, 0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        m = m_new
+    offs_m = first + tl.arange(0, BLOCK_M)
+    rows = (q_start + offs_m).to(tl.int64)
     o = out + rows[:, None] * stride_ot + head * stride_oh + offs_d[None, :]
-    tl.store(o, (acc / l[:, None]).to(out.dtype.element_ty), mask)
+    tl.store(o, (acc / l[:, None]).to(out.dtype.element_ty), (offs_m < q_len)[:, None] & mask_d[None, :])
 
 
 def paged_attention_prefill(
@@ -154,16 +127,17 @@ def paged_attention_prefill(
     )
     block_m = QUERY_TILE if tensor_copies else QUERY_TILE // 2 if row_bytes <= 512 else QUERY_TILE // 4
     fixed_bytes = block_m * (row_bytes + tile * q.element_size())  # queries and probabilities
-    buffers = num_buffers(q.device, 2 * tile * row_bytes, fixed_bytes, most=2)
+    buffers = num_buffers(q.device, 2 * tile * row_bytes, fixed_bytes, most=1 if tensor_copies else 2)
     keys, values = k_cache, v_cache
     if tensor_copies:
         tile_shape = [1, tile, 1, head_dim]
         keys, values = (TensorDescriptor(c, list(c.shape), list(c.stride()), tile_shape) for c in (k_cache, v_cache))
-    _prefill_kernel[(query_tiles.shape[0] * (QUERY_TILE // block_m), num_heads)](
+    _prefill_kernel[(num_heads, query_tiles.shape[0] * (QUERY_TILE // block_m))](
         q, keys, values, out, block_tables, seq_lens, query_start_loc, query_tiles, scale * LOG2E,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),
         GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, BLOCK_M=block_m,
         SPLIT=QUERY_TILE // block_m, TILE=tile, TENSOR_COPIES=tensor_copies, STAGES=1 + buffers, num_warps=4,
+        **launch_options(q.device),
     )  # fmt: skip
     return out

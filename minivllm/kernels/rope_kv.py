@@ -10,18 +10,21 @@ import torch
 import triton
 import triton.language as tl
 
+from minivllm.kernels.device import launch_options, wait_for_inputs
+
 
 @triton.jit
 def _rope_kv_kernel(
     qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, stride_t,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     offs = tl.arange(0, BLOCK_HALF)
     in_half = (offs < HALF)[None, :]
+    wait_for_inputs(PDL)
     position = tl.load(positions + token).to(tl.int64)
     cos = tl.load(cos_sin + position * 2 * HALF + offs, offs < HALF, 0.0)[None, :]
     sin = tl.load(cos_sin + position * 2 * HALF + HALF + offs, offs < HALF, 0.0)[None, :]
@@ -48,8 +51,9 @@ def _rope_kv_kernel(
         v_head = k_head - KV_HEADS
         is_v = (v_head >= 0) & (v_head < KV_HEADS) & in_half
         v = v_cache + block * stride_vb + within * stride_vt + v_head * stride_vh + offs[None, :]
-        tl.store(v, x1, is_v)
-        tl.store(v + HALF, x2, is_v)
+        # Attention reads whole blocks and multiplies what it masks by 0, so what lies in one must be finite.
+        tl.store(v, tl.clamp(f1, -LARGEST, LARGEST).to(x1.dtype), is_v)
+        tl.store(v + HALF, tl.clamp(f2, -LARGEST, LARGEST).to(x1.dtype), is_v)
 
 
 def rope_and_store_kv(
@@ -75,6 +79,7 @@ def rope_and_store_kv(
         qkv, positions, cos_sin, k_cache, v_cache, slot_mapping, qkv.stride(0),
         *k_cache.stride()[:3], *v_cache.stride()[:3],
         Q_HEADS=num_heads, KV_HEADS=kv_heads, HALF=head_dim // 2,
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, HEADS=heads, num_warps=4,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, HEADS=heads,
+        LARGEST=torch.finfo(v_cache.dtype).max, num_warps=4, **launch_options(qkv.device),
     )  # fmt: skip
     return qkv[:, : num_heads * head_dim].view(tokens, num_heads, head_dim)

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from minivllm.kernels.device import launch_options, wait_for_inputs
+
 SPLIT_SIZE = 8192
 
 
@@ -41,11 +43,13 @@ def _gumbel(seed, position, ids):
 @triton.jit(do_not_specialize=["vocab_size"])
 def _sample_split_kernel(
     logits, temperature, seeds, positions, best_value, best_id, stride, vocab_size,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     split = tl.program_id(1)
+    wait_for_inputs(PDL)
     temp = tl.load(temperature + row)
+    inverse = tl.div_rn(1.0, tl.where(temp > 0, temp, 1.0))
     seed = tl.load(seeds + row)
     position = tl.load(positions + row)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -54,7 +58,7 @@ def _sample_split_kernel(
         ids = split * SPLIT + start + tl.arange(0, BLOCK)
         value = tl.load(logits + row.to(tl.int64) * stride + ids, ids < vocab_size, float("-inf")).to(tl.float32)
         if temp > 0:
-            value = value / temp + _gumbel(seed, position, ids)
+            value = value * inverse + _gumbel(seed, position, ids)
         better = (value > best) & (ids < vocab_size)
         best = tl.where(better, value, best)
         best_ids = tl.where(better, ids, best_ids)
@@ -64,9 +68,12 @@ def _sample_split_kernel(
 
 
 @triton.jit
-def _sample_pick_kernel(best_value, best_id, tokens, last_token, slots, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _sample_pick_kernel(
+    best_value, best_id, tokens, last_token, slots, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
+    wait_for_inputs(PDL)
     value = tl.load(best_value + row * SPLITS + offs, offs < SPLITS, float("-inf"))
     ids = tl.load(best_id + row * SPLITS + offs, offs < SPLITS, 0x7FFFFFFF)
     token = tl.min(tl.where(value == tl.max(value, 0), ids, 0x7FFFFFFF), 0)
@@ -93,11 +100,14 @@ def sample(
     best_value = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     best_id = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    options = launch_options(logits.device)
     _sample_split_kernel[(rows, splits)](
         logits, temperature, seeds, positions, best_value, best_id, logits.stride(0), vocab_size,
         SPLITS=splits, SPLIT=SPLIT_SIZE, BLOCK=1024, num_warps=4,
+        **options,
     )  # fmt: skip
     _sample_pick_kernel[(rows,)](
-        best_value, best_id, tokens, last_token, slots, SPLITS=splits, BLOCK=triton.next_power_of_2(splits), num_warps=1
-    )
+        best_value, best_id, tokens, last_token, slots, SPLITS=splits, BLOCK=triton.next_power_of_2(splits),
+        num_warps=1, **options,
+    )  # fmt: skip
     return tokens

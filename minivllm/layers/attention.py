@@ -28,9 +28,16 @@ class Attention(nn.Module):
         self.qkv_proj = MergedLinear(config.hidden_size, parts, config.attention_bias, backend, dtype, device)
         self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias, backend, dtype, device)
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch) -> torch.Tensor:
-        """x: [tokens, hidden] -> [tokens, hidden]."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos_sin: torch.Tensor,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: [tokens, hidden] -> [tokens, hidden], or [S, hidden] for the tokens `wanted` [S] alone."""
         qkv = self.qkv_proj(x)
         q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch)
         out = self.backend.attention(q, kv_cache, batch, self.scale)  # [tokens, heads, head_dim]
-        return self.o_proj(out.flatten(1))
+        return self.o_proj((out if wanted is None else out[wanted]).flatten(1))

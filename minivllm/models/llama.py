@@ -46,10 +46,14 @@ class LlamaLayer(nn.Module):
         cos_sin: torch.Tensor,
         kv_cache: KVCache,
         batch: ForwardBatch,
+        wanted: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: the output of the layer before, to be added to `residual`, the stream so far; both [tokens, hidden]."""
+        """x: the output of the layer before, to be added to `residual`, the stream so far; both [tokens, hidden].  The
+        output is for the tokens `wanted` [S] alone, if given."""
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos_sin, kv_cache, batch)
+        x = self.self_attn(x, cos_sin, kv_cache, batch, wanted)
+        if wanted is not None:
+            residual = residual[wanted]
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
@@ -81,10 +85,13 @@ class LlamaForCausalLM(nn.Module):
 
     def forward(self, batch: ForwardBatch, kv_caches: Sequence[KVCache]) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass over the step's tokens, writing their K and V.  Returns what `compute_logits` takes: the last
-        layer's output and the residual stream, both [tokens, hidden]."""
+        layer's output and the residual stream, both [tokens, hidden], or of `batch.output_tokens` alone: for the
+        others the last layer only writes K and V."""
         x, residual = self.model.embed_tokens(batch.token_ids), None
-        for layer, kv_cache in zip(self.model.layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, self.cos_sin, kv_cache, batch)
+        last = len(kv_caches) - 1
+        for i, (layer, kv_cache) in enumerate(zip(self.model.layers, kv_caches, strict=True)):
+            wanted = batch.output_tokens if i == last else None
+            x, residual = layer(x, residual, self.cos_sin, kv_cache, batch, wanted)
         assert residual is not None
         return x, residual
 

@@ -1,8 +1,8 @@
-"""DecodeGraphs: whole decode steps, captured as CUDA graphs and replayed.
+"""StepGraphs: steps captured as CUDA graphs and replayed.
 
-A graph runs everything from the embedding of the last sampled tokens to the sampling of the next ones.  One graph for
-each padded batch size; the largest is captured first and all share one memory pool, so that together they take little
-more memory than it.
+The graph of a decode step runs everything from the embedding of the last sampled tokens to the sampling of the next
+ones, that of a small mixed step the model up to its last layer.  There is one for each padded size; the largest is
+captured first and all share one memory pool, so that together they take little more memory than it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 Inputs = dict[str, torch.Tensor]
-DecodeOutput = tuple[torch.Tensor, torch.Tensor]  # tokens [rows] int32, logits [rows, vocab]
+Output = tuple[torch.Tensor, torch.Tensor]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -23,31 +23,36 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
-class DecodeGraphs:
+def mixed_graph_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Padded numbers of tokens of a mixed step.  Larger steps take longer to run than to launch."""
+    return [size for size in (32, 64, 128, 192, 256, 384, 512) if size <= max_num_batched_tokens]
+
+
+class StepGraphs:
     def __init__(self) -> None:
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
+        self._graphs: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Output]] = {}
         self._pool: Any = None
 
     def capture(
-        self, sizes: Sequence[int], prepare: Callable[[int], Inputs], decode: Callable[[Inputs], DecodeOutput]
+        self, kind: str, sizes: Sequence[int], prepare: Callable[[int], Inputs], run: Callable[[Inputs], Output]
     ) -> None:
-        """Capture `decode(prepare(size))` for each size, without `prepare`: it puts inputs at fixed addresses, where a
+        """Capture `run(prepare(size))` for each size, without `prepare`: it puts inputs at fixed addresses, where a
         replay finds those of its own step.  The outputs have fixed addresses too."""
         gc.collect()
         for size in sorted(sizes, reverse=True):
             inputs = prepare(size)
-            decode(inputs)  # compiles, and lets libraries set themselves up, which must not happen during capture
+            run(inputs)  # compiles, and lets libraries set themselves up, which must not happen during capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                output = decode(inputs)
+                output = run(inputs)
             self._pool = self._pool or graph.pool()
-            self._graphs[size] = graph, output
+            self._graphs[kind, size] = graph, output
 
-    def replay(self, size: int) -> DecodeOutput | None:
-        """Run the graph for `size`; the outputs are valid until the next replay.  None if there is no such graph."""
-        if size not in self._graphs:
+    def replay(self, kind: str, size: int) -> Output | None:
+        """Run the graph; its outputs are valid until the next replay.  None if there is no such graph."""
+        if (kind, size) not in self._graphs:
             return None
-        graph, output = self._graphs[size]
+        graph, output = self._graphs[kind, size]
         graph.replay()
         return output

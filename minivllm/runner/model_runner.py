@@ -6,6 +6,9 @@ on the tokens.  Token values stay on the device: `last_token[slot]` is written b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -14,15 +17,18 @@ from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
 from minivllm.loading.weights import WeightSource, fill_dummy, load_weights
 from minivllm.models import model_class
-from minivllm.runner.cuda_graph import DecodeGraphs, DecodeOutput, graph_sizes
+from minivllm.runner.cuda_graph import StepGraphs, graph_sizes, mixed_graph_sizes
 from minivllm.runner.forward_batch import QUERY_TILE, ForwardBatch
 from minivllm.runner.memory import allocate_kv_cache, kv_cache_blocks
 from minivllm.runner.sampler import mask_logits, needs_masks, sample, sampling_arrays, sampling_inputs, truncate
 from minivllm.runner.slots import Slots
 from minivllm.runner.step_inputs import NUM_BUFFERS, StepInputs
+from minivllm.runner.warm_up import compile_kernels
 from minivllm.sampling_params import SamplingParams
 
 Changes = tuple[np.ndarray, np.ndarray]  # of the block table: flat indices, values
+Tensors = dict[str, torch.Tensor]
+MAX_PADDED_PREFILLS = 16  # prompts in a mixed step that is padded to a graph's size
 
 
 class StepTokens:
@@ -54,36 +60,41 @@ class ModelRunner:
         self.model = model_class(model_config.architecture)(
             model_config, self.backend, self.dtype, self.device, config.max_model_len
         )
+        self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size)
+        num_slots, num_columns = self.slots.block_table.shape
+        self.on_gpu, on_triton = self.device.type == "cuda", config.backend == "triton"
+        if self.on_gpu and on_triton:
+            compile_kernels(self.backend, model_config, self.dtype, self.device, config.block_size, num_columns)
         targets = self.model.weight_targets()
         if weights is None:
             fill_dummy(targets, config.seed)
         else:
             load_weights(targets, weights, self.model.ignores_weight, progress=True)
         self.model.finish_loading()
-        self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size)
-        num_slots, num_columns = self.slots.block_table.shape
         self.last_token = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
         self.block_table = torch.from_numpy(self.slots.block_table).to(self.device)  # on a CPU the very same memory
         self.inputs = StepInputs(32 * self.max_num_tokens + 64 * num_slots * (num_columns + 1) + 4096, self.device)
-        self.on_gpu = self.device.type == "cuda"
-        # Eager decode steps pad to the graphs' sizes too: the same kernels on the same shapes give the same bits.
-        self.sizes = graph_sizes(config.max_num_seqs) if config.backend == "triton" else []
+        # Eager steps pad to the graphs' sizes too: the same kernels on the same shapes give the same bits.
+        self.sizes = graph_sizes(config.max_num_seqs) if on_triton else []
+        self.mixed_sizes = mixed_graph_sizes(self.max_num_tokens) if on_triton else []
         self._host_tokens = [
             torch.empty(num_slots, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS if self.on_gpu else 0)
         ]
         self._turn = 0
-        use_graphs = self.on_gpu and config.backend == "triton" and not config.enforce_eager
-        self.graphs = DecodeGraphs()
+        use_graphs = self.on_gpu and on_triton and not config.enforce_eager
+        self.graphs = StepGraphs()
         self.kv_caches = allocate_kv_cache(model_config, 1, config.block_size, self.dtype, self.device)
         self.num_blocks = kv_cache_blocks(config, model_config, self.dtype, lambda: self._profile(use_graphs))
-        self.graphs = DecodeGraphs()
+        self.graphs = StepGraphs()
         self.kv_caches = []
         self.kv_caches = allocate_kv_cache(model_config, self.num_blocks, config.block_size, self.dtype, self.device)
         if use_graphs:
-            self.graphs.capture(self.sizes, self._padding_inputs, self._decode)
-        elif self.on_gpu:
-            for size in self.sizes:  # nothing is left to compile later
-                self._decode(self._padding_inputs(size))
+            self._capture(self.sizes, self.mixed_sizes)
+        elif self.on_gpu:  # nothing is left to compile later
+            for size in self.sizes:
+                self._decode(self._decode_padding(size))
+            for size in self.mixed_sizes:
+                self._mixed(self._mixed_padding(size))
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepTokens:
@@ -105,8 +116,7 @@ class ModelRunner:
         seq_lens[:num_rows] = batch.num_computed
         seq_lens[:num_rows] += 1
         tensors = self._upload_decode(slots, seq_lens, num_rows, changes)
-        output = self.graphs.replay(size) or self._decode(tensors, seq_lens)
-        tokens, logits = output
+        tokens, logits = self.graphs.replay("decode", size) or self._decode(tensors, seq_lens)
         rows, seq_lens = slots[:num_rows], seq_lens[:num_rows]
         if needs_masks(self.slots, rows, seq_lens):  # the tokens drawn already are drawn again, from masked logits
             inputs = sampling_inputs(tensors, num_rows)
@@ -116,7 +126,7 @@ class ModelRunner:
 
     def _upload_decode(
         self, slots: np.ndarray, seq_lens: np.ndarray, num_rows: int, changes: Changes | None
-    ) -> dict[str, torch.Tensor]:
+    ) -> Tensors:
         positions = np.maximum(seq_lens - 1, 0)
         slot_mapping = self.slots.slot_mapping(slots, positions)
         slot_mapping[num_rows:] = -1
@@ -131,11 +141,9 @@ class ModelRunner:
             changes,
         )
 
-    def _decode(self, tensors: dict[str, torch.Tensor], host_seq_lens: np.ndarray | None = None) -> DecodeOutput:
-        """The whole decode step, from the tokens sampled last to the next ones.  This is what graphs capture.
-
-        `host_seq_lens` is for the torch backend, which is never captured.
-        """
+    def _decode(self, tensors: Tensors, host_seq_lens: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole decode step, from the tokens sampled last to the next ones: tokens [rows] int32, logits [rows,
+        vocab].  This is what graphs capture.  `host_seq_lens` is for the torch backend, which is never captured."""
         slots = tensors["slots"]
         batch = ForwardBatch(
             token_ids=self.last_token[slots],
@@ -152,61 +160,88 @@ class ModelRunner:
 
     def _mixed_step(self, batch: ScheduledBatch, changes: Changes) -> torch.Tensor:
         """Decodes and chunks of prompts in one pass.  Returns the tokens of the rows that sample: [sampled] int32."""
+        size = next((size for size in self.mixed_sizes if size >= batch.num_tokens), None)
+        if len(batch.slots) - batch.num_decodes > MAX_PADDED_PREFILLS:
+            size = None
+        arrays = self._mixed_arrays(batch, size)
+        sampled = np.array(batch.sampled_rows, np.int32)
+        slots, seq_lens, ends = arrays["slots"][sampled], arrays["seq_lens"][sampled], arrays["query_start_loc"][1:]
+        arrays["output_tokens"] = ends[sampled if len(sampled) else [0]] - 1
+        tensors = self._upload(arrays | sampling_arrays(self.slots, slots, seq_lens), changes)
+        if size is None:
+            x, residual = self._mixed(tensors, arrays, tensors["output_tokens"])
+        else:
+            output = self.graphs.replay("mixed", size) or self._mixed(tensors)
+            x, residual = (part[tensors["output_tokens"]] for part in output)
+        if not len(sampled):
+            return self.last_token[:0]
+        logits = self.model.compute_logits(x, residual)
+        inputs = sampling_inputs(tensors, len(sampled))
+        if needs_masks(self.slots, slots, seq_lens):
+            logits = mask_logits(logits, self.slots, slots, seq_lens, inputs.temperature)
+        return sample(self.backend, logits, inputs, self.last_token)
+
+    def _mixed_arrays(self, batch: ScheduledBatch, size: int | None) -> dict[str, np.ndarray]:
+        """What `_mixed` reads.  For a `size`, all shapes depend on it alone: tokens, rows and tiles are padded."""
         slots = np.array(batch.slots, np.int32)
         num_computed = np.array(batch.num_computed, np.int32)
         num_scheduled = np.array(batch.num_scheduled, np.int32)
         query_start_loc = np.zeros(len(slots) + 1, np.int32)
         np.cumsum(num_scheduled, out=query_start_loc[1:])
+        num_tokens, num_decodes = query_start_loc[-1], batch.num_decodes
         row_of_token = np.repeat(np.arange(len(slots)), num_scheduled)
-        positions = np.arange(query_start_loc[-1], dtype=np.int32)
+        positions = np.arange(num_tokens, dtype=np.int32)
         positions += (num_computed - query_start_loc[:-1])[row_of_token]
-        token_ids = np.zeros(len(positions), np.int32)
-        for row in range(batch.num_decodes, len(slots)):
+        token_ids = np.full(num_tokens, -1, np.int32)  # of decodes, only the device knows them
+        for row in range(num_decodes, len(slots)):
             known = self.slots.token_ids[slots[row]]
             begin = num_computed[row]
             token_ids[query_start_loc[row] : query_start_loc[row + 1]] = known[begin : begin + num_scheduled[row]]
         seq_lens = num_computed + num_scheduled
-        sampled = np.array(batch.sampled_rows, np.int32)
-        tensors = self._upload(
-            {
-                "slots": slots,
-                "seq_lens": seq_lens,
-                "positions": positions,
-                "slot_mapping": self.slots.slot_mapping(slots[row_of_token], positions),
-                "token_ids": token_ids,
-                "query_start_loc": query_start_loc,
-                "query_tiles": query_tiles(num_scheduled, batch.num_decodes),
-                "last_tokens_of_rows": query_start_loc[1:][sampled] - 1,
-                **sampling_arrays(self.slots, slots[sampled], seq_lens[sampled]),
-            },
-            changes,
-        )
-        if batch.num_decodes:
-            decode_slots = tensors["slots"][: batch.num_decodes]
-            tensors["token_ids"][: batch.num_decodes] = self.last_token[decode_slots]
-        forward_batch = ForwardBatch(
-            token_ids=tensors["token_ids"],
+        tiles = query_tiles(num_scheduled, num_decodes)
+        tokens, rows, decodes, num_tiles = num_tokens, len(slots), num_decodes, len(tiles)
+        if size is not None:
+            tokens, decodes = size, min(size, self.slots.padding)
+            rows = decodes + 1  # the last one is padding, to which padded tiles belong
+            num_tiles = size // QUERY_TILE + MAX_PADDED_PREFILLS
+        return {
+            "slots": _pad(slots, rows, self.slots.padding),
+            "seq_lens": _pad(seq_lens, rows, 0),
+            "decode_seq_lens": _pad(seq_lens[:num_decodes], decodes, -1),
+            "positions": _pad(positions, tokens, 0),
+            "slot_mapping": _pad(self.slots.slot_mapping(slots[row_of_token], positions), tokens, -1),
+            "token_ids": _pad(token_ids, tokens, 0),
+            "token_slots": _pad(slots[row_of_token], tokens, self.slots.padding),
+            "query_start_loc": _pad(query_start_loc, rows + 1, num_tokens),
+            "query_tiles": _pad(tiles, num_tiles, [rows - 1, 0]),
+        }
+
+    def _mixed(
+        self,
+        tensors: Tensors,
+        host: dict[str, np.ndarray] | None = None,
+        output_tokens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's part of a mixed step.  This is what graphs capture.  `host`: the same on the host, for the torch
+        backend, which is never captured."""
+        last_tokens, token_ids = self.last_token[tensors["token_slots"]], tensors["token_ids"]
+        batch = ForwardBatch(
+            token_ids=torch.where(token_ids < 0, last_tokens, token_ids),
             positions=tensors["positions"],
             slot_mapping=tensors["slot_mapping"],
             block_tables=self.block_table[tensors["slots"]],
             seq_lens=tensors["seq_lens"],
-            num_decodes=batch.num_decodes,
+            num_decodes=len(tensors["decode_seq_lens"]),
             query_start_loc=tensors["query_start_loc"],
             query_tiles=tensors["query_tiles"],
-            host_seq_lens=seq_lens.tolist(),
-            host_query_start_loc=query_start_loc.tolist(),
+            decode_seq_lens=tensors["decode_seq_lens"],
+            output_tokens=output_tokens,
+            host_seq_lens=[] if host is None else host["seq_lens"].tolist(),
+            host_query_start_loc=[] if host is None else host["query_start_loc"].tolist(),
         )
-        x, residual = self.model(forward_batch, self.kv_caches)
-        if not len(sampled):
-            return self.last_token[:0]
-        last = tensors["last_tokens_of_rows"]
-        logits = self.model.compute_logits(x[last], residual[last])
-        inputs = sampling_inputs(tensors, len(sampled))
-        if needs_masks(self.slots, slots[sampled], seq_lens[sampled]):
-            logits = mask_logits(logits, self.slots, slots[sampled], seq_lens[sampled], inputs.temperature)
-        return sample(self.backend, logits, inputs, self.last_token)
+        return self.model(batch, self.kv_caches)
 
-    def _upload(self, arrays: dict[str, np.ndarray], changes: Changes | None) -> dict[str, torch.Tensor]:
+    def _upload(self, arrays: dict[str, np.ndarray], changes: Changes | None) -> Tensors:
         """Send a step's inputs, and bring the block table up to date."""
         if changes is None or not self.on_gpu or not len(changes[0]):
             return self.inputs.upload(arrays)
@@ -225,9 +260,16 @@ class ModelRunner:
         event.record()
         return StepTokens(host, event)
 
-    def _padding_inputs(self, size: int) -> dict[str, torch.Tensor]:
+    def _capture(self, sizes: Sequence[int], mixed_sizes: Sequence[int]) -> None:
+        self.graphs.capture("decode", sizes, self._decode_padding, self._decode)
+        self.graphs.capture("mixed", mixed_sizes, self._mixed_padding, self._mixed)
+
+    def _decode_padding(self, size: int) -> Tensors:
         """The inputs of a decode step of padding only."""
         return self._upload_decode(np.full(size, self.slots.padding, np.int32), np.zeros(size, np.int32), 0, None)
+
+    def _mixed_padding(self, size: int) -> Tensors:
+        return self._upload(self._mixed_arrays(ScheduledBatch(), size), None)
 
     def _profile(self, use_graphs: bool) -> None:
         """Run the largest steps there can be, for their memory to be measured; compiles every kernel on the way.
@@ -247,11 +289,11 @@ class ModelRunner:
             left -= num_tokens
         self.execute(batch).wait()
         size = self.slots.padding
-        _, logits = self._decode(self._padding_inputs(size))
+        _, logits = self._decode(self._decode_padding(size))
         ones = torch.ones(size, device=self.device)
         truncate(logits.float(), ones, ones.int(), ones, ones)
         if use_graphs:
-            self.graphs.capture(self.sizes[-1:], self._padding_inputs, self._decode)
+            self._capture(self.sizes[-1:], self.mixed_sizes[-1:])
 
 
 def query_tiles(num_scheduled: np.ndarray, num_decodes: int) -> np.ndarray:
@@ -261,3 +303,13 @@ def query_tiles(num_scheduled: np.ndarray, num_decodes: int) -> np.ndarray:
     rows = np.repeat(np.arange(len(num_tiles)), num_tiles)
     tiles_left = np.cumsum(num_tiles)[rows] - np.arange(len(rows)) - 1
     return np.stack([rows, tiles_left * QUERY_TILE], 1).astype(np.int32)
+
+
+def _pad(array: np.ndarray, size: int, value: Any) -> np.ndarray:
+    """`array`, with rows of `value` up to `size`."""
+    if len(array) == size:
+        return array
+    padded = np.empty((size, *array.shape[1:]), array.dtype)
+    padded[: len(array)] = array
+    padded[len(array) :] = value
+    return padded

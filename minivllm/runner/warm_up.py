@@ -1,0 +1,74 @@
+"""Compile the backend's kernels side by side.
+
+Compiling a Triton kernel takes a second or so, most of it in other processes.  The first steps would do it one kernel
+after the other; here every operator runs once on a few rows, in a thread of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from minivllm.backends import Backend
+from minivllm.config import ModelConfig
+from minivllm.runner.forward_batch import ForwardBatch
+
+ROWS = (1, 2, 32, 64, 300)  # one in each range that a backend may have a kernel of its own for
+
+
+def compile_kernels(
+    backend: Backend, config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int, num_columns: int
+) -> None:
+    """Run each of `backend`'s operators on the shapes of the model and of its KV cache, whose block table has
+    `num_columns`.  The results mean nothing."""
+    hidden, num_heads, kv_heads, head_dim = (
+        config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+    )  # fmt: skip
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    def rotate(rows: int) -> None:
+        batch = ForwardBatch(ints(), zeros(rows, dtype=torch.int32), zeros(rows, dtype=torch.int64), ints(), ints(), 0)
+        qkv = zeros(rows, (num_heads + 2 * kv_heads) * head_dim)
+        backend.rotate_and_store(qkv, zeros(1, head_dim, dtype=torch.float32), num_heads, caches, batch)
+
+    def attend(batch: ForwardBatch) -> None:
+        qkv = zeros(batch.token_ids.shape[0], num_heads + 2 * kv_heads, head_dim)
+        backend.attention(qkv[:, :num_heads], caches, batch, 1.0)
+
+    def sample() -> None:
+        logits, longs = zeros(2, config.vocab_size), zeros(2, dtype=torch.int64)
+        backend.sample(logits, zeros(2, dtype=torch.float32), longs, ints(0, 0), ints(0, 0), ints(0, 1))
+
+    x, norm_weight = zeros(ROWS[-1], hidden), zeros(hidden)
+    weight = zeros(max(4096, hidden), hidden)
+    caches = (zeros(1, block_size, kv_heads, head_dim), zeros(1, block_size, kv_heads, head_dim))
+    tables = zeros(2, num_columns, dtype=torch.int32)
+    decode = ForwardBatch(ints(0, 0), ints(0, 0), ints(0, 0), tables, ints(1, 1), 2)
+    prefill = ForwardBatch(
+        ints(0, 0), ints(0, 1), ints(0, 0), tables, ints(2, 0), 0, ints(0, 2, 2), ints(0, 0, 1, 0).view(2, 2)
+    )
+    jobs: list[Callable[[], object]] = [
+        lambda: attend(prefill),
+        lambda: attend(decode),
+        sample,
+        lambda: backend.rms_norm(x, norm_weight, config.rms_norm_eps),
+        lambda: backend.add_rms_norm(x, x.clone(), norm_weight, config.rms_norm_eps),
+        lambda: backend.silu_and_mul(zeros(2, 2 * config.intermediate_size)),
+        lambda: rotate(1),
+        lambda: rotate(ROWS[-1]),
+        *(lambda rows=rows: backend.linear(x[:rows], weight, None) for rows in ROWS),  # type: ignore[misc]
+    ]
+
+    def run(job: Callable[[], object]) -> None:
+        with torch.inference_mode():  # which is a thread's own
+            job()
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(run, jobs))
