@@ -15,10 +15,11 @@ import torch
 from conftest import ON_GPU
 
 from minivllm import LLM
-from minivllm.bench import kernels, throughput
+from minivllm.bench import kernels, profile, throughput
 from minivllm.bench.cli import main
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
 from minivllm.config import ModelConfig
+from minivllm.engine.batch import ScheduledBatch
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +71,8 @@ def run(tmp_path_factory):
     """(standard output, JSON, plot) of a small `python bench.py`."""
     folder = tmp_path_factory.mktemp("bench")
     argv = (
-        f"--num-prompts 5 --input-len 70 --output-len 9 --compare hf --json {folder}/out.json --plot {folder}/out.png"
+        f"--num-prompts 5 --input-len 70 --output-len 9 --compare hf --json {folder}/out.json --plot {folder}/out.png "
+        f"--profile {folder}/trace.json"
     )
     done = subprocess.run(
         [sys.executable, ROOT / "bench.py", *argv.split()],
@@ -110,6 +112,57 @@ def test_figures_agree(run):
     assert figures["peak_kv_use_percent"] == pytest.approx(1000 / figures["num_blocks"])
     assert figures["prefix_hit_percent"] == figures["num_preemptions"] == figures["num_recomputed_tokens"] == 0
     assert figures["start_up_s"] > 0
+
+
+def test_trace_has_named_ranges(run):
+    """Every step is a range, and has the phases it went through inside it or right before and after it."""
+    events = json.loads((run[2].parent / "trace.json").read_text())["traceEvents"]
+    ranges = [event for event in events if event.get("cat") == "user_annotation"]
+    steps = [event for event in ranges if event["name"].startswith("step ")]
+    assert [event["name"].split(": ")[1] for event in sorted(steps, key=lambda event: event["ts"])] == [
+        "0 decodes of 350 tokens",
+        *["5 decodes of 5 tokens"] * 8,
+    ]
+    for name, inside in dict(
+        prepare=True, upload=True, forward=True, sample=True, schedule=False, update=False
+    ).items():
+        found = [event for event in ranges if event["name"] == name]
+        assert len(found) >= len(steps), name
+        assert inside == all(
+            any(step["ts"] <= event["ts"] <= step["ts"] + step["dur"] for step in steps) for event in found
+        ), name
+
+
+def test_decode_step_in_a_trace(tiny, tmp_path):
+    """A made-up trace of three steps: kernels that wait inside for the one before, a gap, a step that is no decode."""
+    kernels_us = [  # name, step, begin, duration
+        ("_prefill_kernel", 0, 0, 50),
+        ("_vector_kernel", 1, 60, 30),
+        ("_decode_kernel", 1, 70, 40),  # 20 of them after the one before
+        ("_reduce_kernel", 1, 100, 5),  # none of them
+        ("nvjet_sm90", 2, 110, 20),
+        ("_sample_pick_kernel", 2, 140, 10),
+    ]
+    events = [dict(ph="X", cat="user_annotation", name=f"step {i + 1}: x", ts=i * 3, dur=2, args={}) for i in range(3)]
+    for i, (name, step, begin, duration) in enumerate(kernels_us):
+        events.append(dict(ph="X", cat="cuda_runtime", name="launch", ts=step * 3 + 1, dur=1, args=dict(correlation=i)))
+        events.append(dict(ph="X", cat="kernel", name=name, ts=begin, dur=duration, args=dict(correlation=i)))
+    (tmp_path / "trace.json").write_text(json.dumps(dict(traceEvents=events)))
+    batches = [
+        ScheduledBatch(slots=[0], num_computed=[0], num_scheduled=[9]),
+        *(ScheduledBatch(slots=[0, 1], num_computed=[9, n], num_scheduled=[1, 1], num_decodes=2) for n in (20, 40)),
+    ]
+    with LLM(tiny("gqa-tied"), skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 20) as llm:
+        step = profile.decode_step(llm, batches, str(tmp_path / "trace.json"), bytes_per_s=1e9)
+        config = llm.model_config
+    assert step.groups == pytest.approx({"matrix products": 0.025, "attention": 0.01, "idle": 0.01, "sampling": 0.005})
+    assert sum(step.groups.values()) == pytest.approx((150 - 50) / 1e3 / 2)
+    assert (step.num_steps, step.num_rows, step.num_kv_tokens) == (2, 2, 41)
+    assert step.limit["attention"] == pytest.approx(41 * 4 * config.kv_elements_per_token / 1e6)
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = config.hidden_size * (2 * q + 2 * kv + 3 * config.intermediate_size)
+    weights = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+    assert step.limit["matrix products"] == pytest.approx(4 * weights / 1e6)
 
 
 def test_comparison_with_hugging_face(run):

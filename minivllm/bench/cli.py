@@ -70,7 +70,8 @@ def parse_throughput(argv: Sequence[str]) -> argparse.Namespace:
     add("--eager", action="store_true", help="no CUDA graphs")
     add("--compare", choices=["hf"], help="run the same requests through Hugging Face generate too")
     add("--json", type=_output_file, metavar="FILE", help="write all figures, requests and the time series")
-    add("--plot", type=_output_file, metavar="FILE", help="draw tokens/s and KV-cache use over the run (PNG)")
+    add("--plot", type=_output_file, metavar="FILE", help="draw the run, and on a GPU a decode step's time (PNG)")
+    add("--profile", type=_output_file, metavar="FILE", help="write a trace of the first steps, for ui.perfetto.dev")
     args = parser.parse_args(argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib; pip install matplotlib, or leave --plot out")
@@ -95,7 +96,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
     import torch
 
     from minivllm import LLM
-    from minivllm.bench import report, throughput
+    from minivllm.bench import kernels, profile, report, throughput
     from minivllm.loading import embedded_model
 
     on_gpu = torch.cuda.is_available()
@@ -142,6 +143,15 @@ def _bench_throughput(args: argparse.Namespace) -> None:
             "requests": report.requests_json(outputs),
             "series": report.series_json(moments),
         }
+        step = None
+        if args.profile or (args.plot and on_gpu):
+            path = args.profile or str(Path(folder) / "trace.json")
+            batches = profile.trace(llm, workload, path)
+            if on_gpu:
+                step = profile.decode_step(llm, batches, path, kernels.read_bandwidth())
+        if step is not None:
+            report.print_decode_step(step)
+            content["decode_step"] = asdict(step)
         if args.compare:
             from minivllm.bench import hf
 
@@ -153,7 +163,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
     if args.json:
         report.write_json(args.json, content)
     if args.plot:
-        report.plot(args.plot, f"{name} on {setup['device']}\n{workload}", figures, moments)
+        report.plot(args.plot, f"{name} on {setup['device']}\n{workload}", figures, moments, step)
 
 
 def _bench_kernels(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minivllm import LLM
+from minivllm.bench.profile import DecodeStep
 from minivllm.bench.throughput import Moment, Throughput, time_per_token, time_to_first_token
 from minivllm.outputs import RequestOutput
 
@@ -86,6 +87,16 @@ def print_comparison(figures: Throughput, seconds: float, group_size: int) -> di
     return {"duration_s": seconds, "output_tokens_per_s": rate, "minivllm_ratio": ratio}
 
 
+def print_decode_step(step: DecodeStep) -> None:
+    """Print where the time of a decode step goes, beside the time to read what must be read."""
+    total, limit = sum(step.groups.values()), sum(step.limit.values())
+    print(f"\n  {_describe(step)}")
+    for name, milliseconds in {**step.groups, "all": total}.items():
+        least = step.limit.get(name, limit if name == "all" else 0.0)
+        beside = f"reading alone {least:.3f} ms" if least else ""
+        print(f"  {name:<30} {milliseconds:>10.3f}  ms, {100 * milliseconds / total:4.1f}%  {beside}".rstrip())
+
+
 def write_json(path: str, content: Any) -> None:
     """Write `content` to a file."""
     with open(path, "w", encoding="utf-8") as file:
@@ -113,8 +124,9 @@ def series_json(moments: Sequence[Moment]) -> dict[str, list[float]]:
     return {field.name: [getattr(moment, field.name) for moment in moments] for field in fields(Moment)}
 
 
-def plot(path: str, title: str, figures: Throughput, moments: Sequence[Moment]) -> None:
-    """Draw tokens/s and KV-cache use over the run as a PNG (or what the file's name says)."""
+def plot(path: str, title: str, figures: Throughput, moments: Sequence[Moment], step: DecodeStep | None = None) -> None:
+    """Draw tokens/s and KV-cache use over the run, and what a decode step's time goes to, as a PNG (or what the file's
+    name says)."""
     from matplotlib.figure import Figure
 
     seconds = np.array([moment.seconds for moment in moments])
@@ -123,8 +135,9 @@ def plot(path: str, title: str, figures: Throughput, moments: Sequence[Moment]) 
     rates = np.diff(np.interp(edges, [0, *seconds], [0, *tokens])) / np.diff(edges)
     kv_use = [100 * moment.num_used_blocks / figures.num_blocks for moment in moments]
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(8, 5 if step is None else 7), layout="constrained")
+    parts: Any = [figure] if step is None else figure.subfigures(2, 1, height_ratios=[5, 2])
+    top, bottom = parts[0].subplots(2, 1, sharex=True)
     top.set_title(title, fontsize=10, loc="left")
     top.stairs(rates, edges, fill=True, color="tab:blue", alpha=0.35)
     top.stairs(rates, edges, color="tab:blue", baseline=None)
@@ -140,4 +153,26 @@ def plot(path: str, title: str, figures: Throughput, moments: Sequence[Moment]) 
         axes.set_ylim(0, 1.2 * max(values))
         axes.set_xlim(0, figures.duration_s)
         axes.spines[["top", "right"]].set_visible(False)
+    if step is not None:
+        _plot_decode_step(parts[1].subplots(), step)
     figure.savefig(path, dpi=150)
+
+
+def _plot_decode_step(axes: Any, step: DecodeStep) -> None:
+    """Two bars: what a decode step's time goes to, and the time to read what must be read."""
+    for i, name in enumerate(step.groups):
+        for y, bar in enumerate((step.limit, step.groups)):
+            left = sum(bar[other] for other in list(step.groups)[:i] if other in bar)
+            if name in bar:
+                color = "lightgrey" if name == "idle" else f"C{i}"
+                axes.barh(y, bar[name], left=left, color=color, label=name if bar is step.groups else None)
+    axes.set_yticks([0, 1], ["reading alone", "measured"])
+    axes.set_xlabel("milliseconds")
+    axes.set_title(_describe(step), fontsize=10, loc="left")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _describe(step: DecodeStep) -> str:
+    rows = f"{step.num_rows:,.0f} row{'s' if step.num_rows > 1 else ''}"
+    return f"a decode step, mean of {step.num_steps}: {rows}, {step.num_kv_tokens:,.0f} tokens of context"

@@ -154,26 +154,29 @@ def _check_lengths(llm: LLM, workload: Workload) -> None:
         )
 
 
-def _run(
-    engine: Engine, prompts: list[list[int]], output_lens: list[int], temperature: float, progress: bool = False
-) -> tuple[list[RequestOutput], list[Moment]]:
-    """Run requests to their end; (outputs in the order of the prompts, moments, the last one being the end)."""
-    params = [
-        SamplingParams(
+def add_requests(engine: Engine, prompts: list[list[int]], output_lens: list[int], temperature: float) -> list[str]:
+    """Queue requests that run to exactly these lengths; returns their ids."""
+    for i, (prompt, output_len) in enumerate(zip(prompts, output_lens, strict=True)):
+        params = SamplingParams(
             temperature=temperature,
-            max_tokens=n,
+            max_tokens=output_len,
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        for n in output_lens
-    ]
+        engine.add_request(str(i), prompt, params)
+    return [str(i) for i in range(len(prompts))]
+
+
+def _run(
+    engine: Engine, prompts: list[list[int]], output_lens: list[int], temperature: float, progress: bool = False
+) -> tuple[list[RequestOutput], list[Moment]]:
+    """Run requests to their end; (outputs in the order of the prompts, moments, the last one being the end)."""
     done: dict[str, RequestOutput] = {}
     recorder = RecordingExecutor(engine)
     engine.executor = recorder
     try:
-        for i, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            engine.add_request(str(i), prompt, one)
+        request_ids = add_requests(engine, prompts, output_lens, temperature)
         with tqdm(total=sum(output_lens), unit="tok", disable=None if progress else True, leave=False) as bar:
             while len(done) < len(prompts):
                 for output in engine.step():
@@ -185,7 +188,7 @@ def _run(
             engine.step()
     finally:
         engine.executor = recorder.executor
-    return [done[str(i)] for i in range(len(prompts))], recorder.moments
+    return [done[request_id] for request_id in request_ids], recorder.moments
 
 
 def _percentiles(values: list[float]) -> Percentiles:

@@ -33,6 +33,9 @@ class StepGraphs:
         self._graphs: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Output]] = {}
         self._pool: Any = None
 
+    def __len__(self) -> int:
+        return len(self._graphs)
+
     def capture(
         self, kind: str, sizes: Sequence[int], prepare: Callable[[int], Inputs], run: Callable[[Inputs], Output]
     ) -> None:

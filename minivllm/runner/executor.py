@@ -17,22 +17,22 @@ class LocalExecutor:
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, weights: WeightSource | None) -> None:
         try:
-            self._runner: ModelRunner | None = ModelRunner(config, model_config, weights)
+            self.runner: ModelRunner | None = ModelRunner(config, model_config, weights)
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 "out of GPU memory at start-up; lower gpu_memory_utilization (if other programs use the GPU), "
                 "max_num_batched_tokens, max_num_seqs or max_model_len, or take a smaller model"
             ) from error
-        self.num_blocks = self._runner.num_blocks
+        self.num_blocks = self.runner.num_blocks
 
     def execute(self, batch: ScheduledBatch) -> StepTokens:
         """Launch a step."""
-        assert self._runner is not None, "the executor was shut down"
-        return self._runner.execute(batch)
+        assert self.runner is not None, "the executor was shut down"
+        return self.runner.execute(batch)
 
     def shutdown(self) -> None:
         """Free the model, the KV cache and the CUDA graphs."""
-        self._runner = None
+        self.runner = None
         gc.collect()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
