@@ -12,7 +12,8 @@ import triton.language as tl
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Programmatic dependent launch: a kernel may start while the one before it still runs, and waits here until that
-    has ended.  Before this, it may read nothing but weights, which no kernel writes.  Now the next may start.
+    has ended.  Before, it may read what that kernel does not write: weights, or what earlier kernels of the step wrote,
+    since these ended before that kernel let this one start.  Now the next may start.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -23,6 +23,7 @@ MEASURED_ON = (9, 0)  # compute capability
 MAX_ROWS = 64
 VECTOR_ROWS, VECTOR_COLUMNS = 4, 2048
 DOT_ROWS, DOT_COLUMNS, DOT_STAGES = 64, 128, 5
+PREFETCH_LINES = 4
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _vector_kernel(
 def _dot_kernel(
     x, weight, bias, out, num_rows, out_size, in_size, stride_x,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -62,6 +63,11 @@ def _dot_kernel(
     x_offs = offs_m[:, None] * stride_x + columns[None, :]
     mask = (offs_m < num_rows)[:, None]
     acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
+    if PREFETCH:
+        lines = tl.arange(0, ROWS)[:, None] * in_size + tl.arange(0, PREFETCH)[None, :] * 64
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [w_base + lines], dtype=tl.int32, is_pure=False, pack=1
+        )
     wait_for_inputs(PDL)
     for start in tl.range(0, in_size, COLUMNS, num_stages=STAGES):
         w = tl.load(w_base + start + w_offs, eviction_policy="evict_first")
@@ -97,16 +103,17 @@ def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     out_size = weight.shape[0]
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     has_bias = bias is not None
+    options = launch_options(x.device)
     if rows == 1:
         columns = min(VECTOR_COLUMNS, triton.next_power_of_2(in_size))
         _vector_kernel[(out_size // VECTOR_ROWS,)](
             x, weight, bias if has_bias else weight, out, in_size, HAS_BIAS=has_bias,
-            ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4, **launch_options(x.device),
+            ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4, **options,
         )  # fmt: skip
     else:
         _dot_kernel[(out_size // DOT_ROWS,)](
             x, weight, bias if has_bias else weight, out, rows, out_size, in_size, x.stride(0), HAS_BIAS=has_bias,
             BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS, STAGES=DOT_STAGES,
-            num_warps=4, **launch_options(x.device),
+            PREFETCH=PREFETCH_LINES if options["PDL"] else 0, num_warps=4, **options,
         )  # fmt: skip
     return out

@@ -144,20 +144,16 @@ def _reduce_kernel(
     PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Add up the pieces of the (row, head) that this worker began and left to others to finish, if there is one."""
-    wait_for_inputs(PDL)
     worker = tl.program_id(0)
     num_tiles = tl.load(total)
-    if num_tiles == 0:
-        return
-    share = tl.cdiv(num_tiles * HEADS, tl.num_programs(0))
+    share = tl.maximum(tl.cdiv(num_tiles * HEADS, tl.num_programs(0)), 1)
     final = (worker + 1) * share - 1  # the worker's last tile
-    if final >= num_tiles * HEADS:
-        return
-    i = final % num_tiles
+    i = final % tl.maximum(num_tiles, 1)
     row = tl.load(tiles + i * 4).to(tl.int64)
     t = tl.load(tiles + i * 4 + 1)
     left = tl.load(tiles + i * 4 + 3)
-    if (left <= TILE) | (t >= share):
+    wait_for_inputs(PDL)
+    if (final >= num_tiles * HEADS) | (left <= TILE) | (t >= share):
         return
     last = (final + tl.cdiv(left, TILE) - 1) // share
     member = tl.program_id(1)

@@ -24,10 +24,11 @@ def _rope_kv_kernel(
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     offs = tl.arange(0, BLOCK_HALF)
     in_half = (offs < HALF)[None, :]
-    wait_for_inputs(PDL)
     position = tl.load(positions + token).to(tl.int64)
     cos = tl.load(cos_sin + position * 2 * HALF + offs, offs < HALF, 0.0)[None, :]
     sin = tl.load(cos_sin + position * 2 * HALF + HALF + offs, offs < HALF, 0.0)[None, :]
+    slot = tl.load(slot_mapping + token)
+    wait_for_inputs(PDL)
     base = qkv + token * stride_t + heads[:, None] * (2 * HALF) + offs[None, :]
     mask = (heads < Q_HEADS + 2 * KV_HEADS)[:, None] & in_half
     x1 = tl.load(base, mask, 0.0)
@@ -39,7 +40,6 @@ def _rope_kv_kernel(
     is_q = (heads < Q_HEADS)[:, None] & in_half
     tl.store(base, r1, is_q)
     tl.store(base + HALF, r2, is_q)
-    slot = tl.load(slot_mapping + token)
     if slot >= 0:  # a padded row writes nothing
         block = slot // BLOCK_SIZE
         within = slot % BLOCK_SIZE
