@@ -60,6 +60,7 @@ class EngineConfig:
     enforce_eager: bool = False  # True: no CUDA graphs
     load_format: str = "auto"
     seed: int = 0  # of requests that bring none, and of dummy weights
+    max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for; -1: no limit
     tensor_parallel_size: int = 1
     device: str = "auto"  # "cuda", "cuda:N" or "cpu"; "auto": a GPU if there is one
     async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None: on a GPU
@@ -82,6 +83,7 @@ class EngineConfig:
                 check_int(name, getattr(self, name), 1)
         check_int("block_size", self.block_size, 1)
         check_int("seed", self.seed, 0)
+        check_int("max_logprobs", self.max_logprobs, -1)
         check_int("tensor_parallel_size", self.tensor_parallel_size, 1)
         for name, allowed in (
             ("dtype", {"float": "float32", "half": "float16"} | {d: d for d in DTYPES}),

@@ -101,7 +101,7 @@ class LLM:
             for output in self._run(requests):
                 done.append(output)
                 num_in += len(output.prompt_token_ids)
-                num_out += len(output.outputs[0].token_ids)
+                num_out += sum(len(completion.token_ids) for completion in output.outputs)
                 seconds = max(time.monotonic() - start, 1e-9)
                 bar.set_postfix_str(
                     f"input: {num_in / seconds:.1f} tok/s, output: {num_out / seconds:.1f} tok/s", False
@@ -170,7 +170,7 @@ class LLM:
     def shutdown(self) -> None:
         """Free the model and its memory.  Another LLM can be made in the same process afterwards."""
         self._is_shut_down = True
-        self.engine.abort_requests(list(self.engine.scheduler.requests))
+        self.engine.abort_requests(self.engine.request_ids)
         self._executor.shutdown()
 
     def __enter__(self) -> LLM:
@@ -250,7 +250,7 @@ class LLM:
                     for output in self.engine.step():
                         if output.request_id in self._inboxes:
                             self._inboxes[output.request_id].append(output)
-                unfinished &= self.engine.scheduler.requests.keys()  # those that ended or were aborted are gone
+                unfinished = {i for i in unfinished if self.engine.has_request(i)}  # not those aborted elsewhere either
                 while inbox:
                     yield inbox.popleft()
         finally:

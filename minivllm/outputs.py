@@ -27,17 +27,33 @@ class RequestMetrics:
 
 
 @dataclass(slots=True)
+class Logprob:
+    """The natural logarithm of a token's probability, before penalties, temperature and the like.
+
+    `rank` is 1 for the most likely token; `decoded_token` its text, None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
 class CompletionOutput:
     """One completion of a prompt.  `finish_reason` is "stop", "length", "abort" or None (unfinished).
 
-    `stop_reason` is the id of the stop_token_ids that ended it; None for end-of-sequence.
+    `stop_reason` is the stop string, or the id of the stop_token_ids, that ended it; None for end-of-sequence.
+    `logprobs` has a dict by token id for each of `token_ids`: the token sampled, then the most likely ones; None, like
+    `cumulative_logprob`, the sum for the tokens sampled, if they were not asked for.
     """
 
     index: int
     text: str
     token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
 
     def finished(self) -> bool:
         """Whether no more tokens will come."""
@@ -46,7 +62,10 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The output of one request.  `num_cached_tokens` prompt tokens came from the prefix cache."""
+    """The output of one request.  `num_cached_tokens` prompt tokens came from the prefix cache.
+
+    `prompt_logprobs`, if asked for, has an entry for each token of the prompt; the first is None.
+    """
 
     request_id: str
     prompt: str | None
@@ -55,3 +74,4 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

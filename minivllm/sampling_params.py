@@ -13,26 +13,18 @@ from minivllm.config import check_int, reject_unknown
 MIN_TEMPERATURE = 0.01  # below it logits / temperature overflows; vLLM raises smaller ones to it too
 MAX_FLOAT32 = 3.4e38
 MAX_INT32 = 2**31 - 1
+NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
+SWITCHES = (
+    "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
+)  # fmt: skip
 
 # vLLM options that are not supported yet, each with the one value that asks for nothing.
 NOT_SUPPORTED_YET = {
-    "n": 1,
     "best_of": None,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "stop": None,
-    "include_stop_str_in_output": False,
-    "logprobs": None,
-    "prompt_logprobs": None,
     "logits_processors": None,
-    "logit_bias": None,
-    "allowed_token_ids": None,
-    "bad_words": None,
     "structured_outputs": None,
     "guided_decoding": None,
     "truncate_prompt_tokens": None,
-    "spaces_between_special_tokens": True,
     "extra_args": None,
 }
 
@@ -67,41 +59,72 @@ def _checked(cls: type) -> type:
 class SamplingParams:
     """How to sample one request.  Raises ValueError, naming the option, for values that make no sense.
 
+    n: outputs to generate for the prompt; they share the blocks of its KV cache, if prefix caching is on.
+    presence_penalty, frequency_penalty: subtracted from the logit of a token that the output has, once, and once for
+        each time it has it; in [-2, 2].
+    repetition_penalty: divides the logits > 0, and multiplies the others, of tokens in the prompt or output; > 0.
     temperature: 0 is greedy; values in (0, 0.01) are raised to 0.01.
     top_k: sample from the k most likely tokens (0 or -1: all).
     top_p: sample from the smallest set of tokens with at least this probability, in (0, 1].
     min_p: drop tokens less likely than this times the most likely one, in [0, 1].
     seed: the same seed draws the same tokens, alone or in a batch; None: one derived from the engine's.
-    max_tokens: tokens to generate at most; None: up to max_model_len.
-    min_tokens: no end-of-sequence or stop token before this many.
+    stop: strings that end the output; the text ends before them, unless include_stop_str_in_output.
     stop_token_ids: further tokens that end the output; they stay in `token_ids`.
+    bad_words: texts whose last token is not sampled where the tokens before it have been.
     ignore_eos: go on after an end-of-sequence token.
+    max_tokens: tokens to generate at most; None: up to max_model_len.
+    min_tokens: no end-of-sequence, stop token or stop string before this many.
+    logprobs: how many of the most likely tokens to report at each place, beside the one sampled; -1: all.
+    prompt_logprobs: the same for the tokens of the prompt.
     detokenize: False leaves `text` empty.
+    skip_special_tokens, spaces_between_special_tokens: how special tokens are written in the text.
+    logit_bias: added to logits, by token id; clamped to [-100, 100].
+    allowed_token_ids: the only tokens that may be sampled.
     """
 
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     temperature: float = 1.0
-    top_k: int = 0
     top_p: float = 1.0
+    top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] = field(default_factory=list)
+    bad_words: list[str] | None = None
+    ignore_eos: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop_token_ids: list[int] = field(default_factory=list)
-    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
+        for name in NUMBERS:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= MAX_FLOAT32:
                 raise ValueError(f"{name} must be a number, got {value!r}")
+        check_int("n", self.n, 1)
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be greater than 0, got {self.repetition_penalty}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
         if 0 < self.temperature < MIN_TEMPERATURE:
             warnings.warn(f"temperature {self.temperature} raised to {MIN_TEMPERATURE}; 0 is greedy", stacklevel=4)
             self.temperature = MIN_TEMPERATURE
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(f"n must be 1 with temperature 0, which has one output only, got {self.n}")
         check_int("top_k", self.top_k, -1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
@@ -119,12 +142,30 @@ class SamplingParams:
         for name in ("top_k", "min_tokens"):
             if getattr(self, name) > MAX_INT32:
                 raise ValueError(f"{name} must be at most {MAX_INT32}, got {getattr(self, name)}")
-        if not isinstance(self.stop_token_ids, (list, tuple, set, type(None))):
-            raise ValueError(f"stop_token_ids must be a list of token ids, got {self.stop_token_ids!r}")
-        self.stop_token_ids = list(self.stop_token_ids or [])
-        for token_id in self.stop_token_ids:
-            check_int("stop_token_ids", token_id, 0)
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), -1)
+        self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids) or []
+        self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
+        if self.allowed_token_ids == []:
+            raise ValueError("allowed_token_ids is empty; give at least one token, or None")
+        self.stop = _texts("stop", self.stop)
+        self.bad_words = _texts("bad_words", self.bad_words)
+        if self.stop and not self.detokenize:
+            raise ValueError("stop needs the text of the output; leave detokenize=False out, or use stop_token_ids")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise ValueError(f"logit_bias must be a dict of token id: number, got {self.logit_bias!r}")
+            bias = {}
+            for token_id, value in self.logit_bias.items():
+                if isinstance(token_id, str) and token_id.isdigit():  # as keys in JSON are
+                    token_id = int(token_id)
+                check_int("logit_bias", token_id, 0)
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
+                    raise ValueError(f"logit_bias must be a dict of token id: number, got {value!r}")
+                bias[token_id] = float(min(100, max(-100, value)))
+            self.logit_bias = bias
+        for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.output_kind, RequestOutputKind):
@@ -134,3 +175,30 @@ class SamplingParams:
     def truncates(self) -> bool:
         """Whether the distribution is cut by top_k, top_p or min_p, which a greedy choice does not notice."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were there before are less, or more, likely."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+def _token_ids(name: str, value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple, set)):
+        raise ValueError(f"{name} must be a list of token ids, got {value!r}")
+    for token_id in value:
+        check_int(name, token_id, 0)
+    return list(value)
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    """One string or several, none of them empty."""
+    if value is None:
+        return []
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple, set)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
+    if "" in texts:
+        raise ValueError(f"{name} must not contain an empty string")
+    return list(texts)

@@ -8,7 +8,7 @@ import torch
 from minivllm import kernels
 from minivllm.backends.torch_backend import TorchBackend, gumbel_noise
 from minivllm.runner.forward_batch import ForwardBatch
-from minivllm.runner.model_runner import query_tiles
+from minivllm.runner.mixed_arrays import query_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's tl.dot is wrong on bfloat16.

@@ -222,20 +222,27 @@ def test_numbers_too_large(tiny, name, value):
         (dict(detokenize="no"), "detokenize must be True or False"),
         (dict(output_kind=1), "output_kind must be"),
         (dict(temprature=1), "no argument 'temprature'; did you mean 'temperature'"),
-        (dict(xyz=1), "no argument 'xyz'; known: temperature, "),
-        (dict(n=2), "n is not supported yet"),
+        (dict(xyz=1), "no argument 'xyz'; known: n, "),
         (dict(best_of=2), "best_of is not supported yet"),
-        (dict(stop=["a"]), "stop is not supported yet"),
-        (dict(logprobs=0), "logprobs is not supported yet"),
-        (dict(prompt_logprobs=1), "prompt_logprobs is not supported yet"),
-        (dict(presence_penalty=0.1), "presence_penalty is not supported yet"),
-        (dict(frequency_penalty=-0.1), "frequency_penalty is not supported yet"),
-        (dict(repetition_penalty=1.1), "repetition_penalty is not supported yet"),
-        (dict(logit_bias={1: 2.0}), "logit_bias is not supported yet"),
-        (dict(bad_words=["a"]), "bad_words is not supported yet"),
-        (dict(allowed_token_ids=[1]), "allowed_token_ids is not supported yet"),
         (dict(structured_outputs=1), "structured_outputs is not supported yet"),
-        (dict(include_stop_str_in_output=True), "include_stop_str_in_output is not supported yet"),
+        (dict(n=0), "n must be an integer of at least 1"),
+        (dict(n=2, temperature=0), "n must be 1 with temperature 0"),
+        (dict(presence_penalty=2.1), r"presence_penalty must be in \[-2, 2\]"),
+        (dict(frequency_penalty=-2.1), r"frequency_penalty must be in \[-2, 2\]"),
+        (dict(frequency_penalty="1"), "frequency_penalty must be a number"),
+        (dict(repetition_penalty=0), "repetition_penalty must be greater than 0"),
+        (dict(stop=3), "stop must be a string or a list of strings"),
+        (dict(stop=["a", ""]), "stop must not contain an empty string"),
+        (dict(stop="a", detokenize=False), "stop needs the text of the output"),
+        (dict(bad_words=[1]), "bad_words must be a string or a list"),
+        (dict(logprobs=-2), "logprobs must be an integer of at least -1"),
+        (dict(prompt_logprobs=1.0), "prompt_logprobs must be an integer"),
+        (dict(logit_bias=[1]), "logit_bias must be a dict"),
+        (dict(logit_bias={"x": 1}), "logit_bias must be an integer"),
+        (dict(logit_bias={1: "x"}), "logit_bias must be a dict of token id: number"),
+        (dict(allowed_token_ids=[]), "allowed_token_ids is empty"),
+        (dict(allowed_token_ids=5), "allowed_token_ids must be a list"),
+        (dict(include_stop_str_in_output=1), "include_stop_str_in_output must be True or False"),
     ],
     ids=str,
 )
@@ -415,7 +422,7 @@ def test_stream(embedded_llm):
 def test_cumulative_outputs_and_special_tokens(embedded_llm):
     prompt = embedded_llm.preprocess_chat([{"role": "user", "content": "What is the capital of France?"}])
     seen = []
-    params = SamplingParams(temperature=0, max_tokens=20, skip_special_tokens=False)
+    params = SamplingParams(temperature=0, max_tokens=20, skip_special_tokens=False, include_stop_str_in_output=True)
     embedded_llm.engine.add_request("x", prompt["prompt_token_ids"], params)
     while embedded_llm.engine.has_unfinished_requests():
         seen += [output.outputs[0] for output in embedded_llm.engine.step()]
@@ -423,6 +430,9 @@ def test_cumulative_outputs_and_special_tokens(embedded_llm):
     for i, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
         assert len(after.token_ids) == i + 2 and after.token_ids[:-1] == before.token_ids
         assert after.text.startswith(before.text)
+    without_end = SamplingParams(temperature=0, max_tokens=20, skip_special_tokens=False)
+    output = embedded_llm.generate(prompt, without_end, use_tqdm=False)[0].outputs[0]
+    assert output.text == "The capital of France is Paris." and output.token_ids == seen[-1].token_ids
     plain = SamplingParams(temperature=0, max_tokens=20, detokenize=False)
     output = embedded_llm.generate(prompt, plain, use_tqdm=False)[0].outputs[0]
     assert output.text == "" and output.token_ids == seen[-1].token_ids
@@ -435,7 +445,7 @@ WORLD = "Hello 😀👩‍👩‍👧 你好，世界！ 日本語 한국어 na�
 
 def detokenize(tokenizer, prompt, token_ids, sizes):
     """The deltas of token_ids given a few at a time."""
-    detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=True)
+    detokenizer = Detokenizer(tokenizer, prompt, SamplingParams())
     deltas, i = [], 0
     while i < len(token_ids):
         i, begin = i + sizes(), i

@@ -13,7 +13,8 @@ from minivllm.backends import make_backend
 from minivllm.backends.torch_backend import gumbel_noise
 from minivllm.config import ModelConfig
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
-from minivllm.runner.sampler import SamplingInputs, mask_logits, needs_masks, sample, truncate
+from minivllm.runner.logits import needs_processing, process_logits, truncate
+from minivllm.runner.sampler import SamplingInputs, sample
 from minivllm.runner.slots import Slots
 
 BACKEND = make_backend("torch")
@@ -22,7 +23,7 @@ BACKEND = make_backend("torch")
 def draw(logits, params, num_draws, seed=1234, num_prompt_tokens=7):
     """Draw the first `num_draws` output tokens of a request that has the same logits [vocab] at every position.
     [num_draws] int64."""
-    slots = Slots(max_num_seqs=1, max_model_len=64, block_size=16)
+    slots = Slots(max_num_seqs=1, max_model_len=64, block_size=16, vocab_size=len(logits))
     slots.apply(
         ScheduledBatch(admitted=[AdmittedRequest(0, [0] * num_prompt_tokens, num_prompt_tokens, params, seed, [])])
     )
@@ -35,8 +36,8 @@ def draw(logits, params, num_draws, seed=1234, num_prompt_tokens=7):
         positions=torch.from_numpy(seq_lens - num_prompt_tokens),
     )
     logits = logits.expand(num_draws, -1)
-    if needs_masks(slots, rows, seq_lens):
-        logits = mask_logits(logits, slots, rows, seq_lens, inputs.temperature)
+    if needs_processing(slots, rows, seq_lens):
+        logits = process_logits(logits, slots, rows, seq_lens, inputs.temperature)
     return sample(BACKEND, logits, inputs, torch.zeros(2, dtype=torch.int32)).long()
 
 
@@ -169,11 +170,11 @@ def test_greedy_rows_among_drawn_ones_are_exact_and_ties_go_to_the_lowest_id():
 
 def test_greedy_is_exact_among_truncated_rows():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    slots = Slots(3, 64, 16)
+    slots = Slots(3, 64, 16, 9)
     every = [SamplingParams(temperature=0, top_k=1), SamplingParams(top_k=1, seed=1), SamplingParams(temperature=0)]
     slots.apply(ScheduledBatch(admitted=[AdmittedRequest(i, [0], 1, params, i, []) for i, params in enumerate(every)]))
     rows, seq_lens = np.arange(3, dtype=np.int32), np.ones(3, np.int32)
-    masked = mask_logits(logits, slots, rows, seq_lens, torch.from_numpy(slots.temperature[rows]))
+    masked = process_logits(logits, slots, rows, seq_lens, torch.from_numpy(slots.temperature[rows]))
     assert masked.argmax(-1).tolist() == logits.argmax(-1).tolist()
     assert torch.equal(masked[2], logits[2])
 
@@ -239,17 +240,17 @@ def test_the_most_likely_token_is_always_kept(options):
 
 
 def test_ended_tokens_are_banned_before_min_tokens():
-    slots = Slots(2, 64, 16)
+    slots = Slots(2, 64, 16, 9)
     every = [SamplingParams(min_tokens=3), SamplingParams(min_tokens=0)]
     slots.apply(ScheduledBatch(admitted=[AdmittedRequest(i, [0] * 5, 5, p, i, [1, 4]) for i, p in enumerate(every)]))
     rows = np.array([0, 0, 0, 0, 1], np.int32)
     seq_lens = np.array([5, 6, 7, 8, 5], np.int32)  # the row's token is output token 0, 1, 2, 3 and 0
     logits = torch.zeros(5, 6)
-    masked = mask_logits(logits, slots, rows, seq_lens, torch.ones(5))
+    masked = process_logits(logits, slots, rows, seq_lens, torch.ones(5))
     banned = torch.zeros(5, 6, dtype=torch.bool)
     banned[:3, [1, 4]] = True
     assert torch.equal(masked == float("-inf"), banned) and torch.equal(logits, torch.zeros(5, 6))
-    assert needs_masks(slots, rows[2:3], seq_lens[2:3]) and not needs_masks(slots, rows[3:], seq_lens[3:])
+    assert needs_processing(slots, rows[2:3], seq_lens[2:3]) and not needs_processing(slots, rows[3:], seq_lens[3:])
 
 
 # ---- seeds, through the engine

@@ -5,6 +5,7 @@ from collections import deque
 
 import pytest
 
+from minivllm.engine.batch import StepResult
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
@@ -30,7 +31,7 @@ def add(scheduler, name, tokens, max_tokens=8, **options):
 def step(scheduler, token=0):
     """Schedule a step and enter `token` for every row that samples; returns the batch."""
     batch = scheduler.schedule()
-    scheduler.update([token] * len(batch.sampled_rows))
+    scheduler.update(StepResult([token] * len(batch.sampled_rows)))
     scheduler.check_integrity()
     return batch
 
@@ -84,8 +85,8 @@ def test_outputs_are_cached_too_but_never_placeholders():
     scheduler.schedule()
     scheduler.schedule()  # token 6 is in flight, and computed in this step
     assert request.num_published_blocks == 1
-    scheduler.update([50])
-    scheduler.update([51])
+    scheduler.update(StepResult([50]))
+    scheduler.update(StepResult([51]))
     assert len(scheduler.block_manager.cached_prefix(make_request("b", [*range(6), 50, 51, 0]))) == 1
     step(scheduler, 52)  # computes token 7, the last one of the second block
     assert len(scheduler.block_manager.cached_prefix(make_request("b", [*range(6), 50, 51, 0]))) == 2
@@ -225,7 +226,7 @@ def test_a_preempted_request_waits_for_its_token_in_flight():
     assert b.slot < 0 and b.num_in_flight == 1
     scheduler.abort("a")
     assert scheduler.schedule() is None, "b's next token is not known yet"
-    scheduler.update([7, 8])
+    scheduler.update(StepResult([7, 8]))
     batch = scheduler.schedule()
     assert batch.admitted[0].token_ids == [2, 7, 8]
     assert a.finish_reason == "abort"
@@ -243,7 +244,7 @@ def test_no_step_computes_past_max_tokens(in_flight):
             pending.append(len(batch.sampled_rows))
             num_computed += batch.num_tokens
         if batch is None or len(pending) == in_flight:
-            scheduler.update([5] * pending.popleft())
+            scheduler.update(StepResult([5] * pending.popleft()))
     assert request.num_output_tokens == 4 and num_computed == 3 + 4 - 1
 
 
@@ -304,7 +305,7 @@ def test_abort(state):
     assert scheduler.block_manager.num_free_blocks == 2 and not scheduler.requests
     again = add(scheduler, "a", [3], max_tokens=1)  # the id is free again
     if "in flight" in state:
-        assert scheduler.update([6]) == [], "a token of an aborted request must be dropped"
+        assert scheduler.update(StepResult([6])) == [], "a token of an aborted request must be dropped"
         assert request.output_token_ids == [5]
     run(scheduler, 7)
     assert again.output_token_ids == [7] and scheduler.abort("a") is None
@@ -461,7 +462,7 @@ def run_workload(seed):
         if batch is not None:
             pending.append(runner.execute(batch))
         if pending and (batch is None or len(pending) == max_in_flight):
-            scheduler.update(pending.popleft())
+            scheduler.update(StepResult(pending.popleft()))
         scheduler.check_integrity()
     for request in requests:
         output, reason = alone(request, scheduler.eos_token_ids)

@@ -23,6 +23,7 @@ from minivllm.bench.throughput import add_requests
 from minivllm.bench.workload import Workload
 from minivllm.engine.batch import ScheduledBatch
 from minivllm.layers import Linear
+from minivllm.runner import model_runner
 
 NUM_STEPS = 64
 GROUPS = {  # the first of these words in a kernel's name says what it belongs to
@@ -73,7 +74,7 @@ def trace(llm: LLM, workload: Workload, path: str) -> list[ScheduledBatch]:
         (engine.scheduler, "schedule", "schedule"),
         (engine.scheduler, "update", "update"),
         (runner, "_upload_decode", "prepare"),
-        (runner, "_mixed_arrays", "prepare"),
+        (model_runner, "mixed_arrays", "prepare"),
         (runner.inputs, "upload", "upload"),
         (runner.model, "forward", "forward"),
         (runner.backend, "sample", "sample"),

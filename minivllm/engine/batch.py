@@ -21,6 +21,7 @@ class AdmittedRequest:
     params: SamplingParams
     seed: int
     stop_token_ids: list[int]  # all that may end it: not to be sampled before min_tokens
+    bad_word_ids: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -38,8 +39,33 @@ class ScheduledBatch:
     num_decodes: int = 0
     sampled_rows: list[int] = field(default_factory=list)  # rows that reach their last token, so sample the next
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)  # slot, first column, block ids
+    prompt_logprobs_rows: list[int] = field(default_factory=list)  # rows whose prompt tokens' logprobs are wanted
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
         return sum(self.num_scheduled)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """The log probability of a token, its rank (1: the most likely), and the most likely tokens."""
+
+    logprob: float
+    rank: int
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+    def first(self, num_top: int) -> TokenLogprobs:
+        """The same with fewer of the most likely tokens."""
+        return TokenLogprobs(self.logprob, self.rank, self.top_token_ids[:num_top], self.top_logprobs[:num_top])
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step found out."""
+
+    tokens: list[int]  # of the batch's `sampled_rows`
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of `tokens`, or empty: nobody asked
+    # For each of `prompt_logprobs_rows`, of the tokens after those computed: num_computed + 1, … in the prompt.
+    prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)

@@ -6,26 +6,27 @@ own), so that on a GPU the next step is already queued while the tokens of the l
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from minivllm.config import EngineConfig, ModelConfig
-from minivllm.engine.batch import ScheduledBatch
+from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.detokenizer import Detokenizer
+from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
-from minivllm.outputs import CompletionOutput, RequestOutput
-from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.outputs import RequestOutput
+from minivllm.sampling_params import SamplingParams
 
 
 class PendingTokens(Protocol):
-    """The tokens of a step that may still be running."""
+    """The result of a step that may still be running."""
 
-    def wait(self) -> list[int]:
-        """The sampled tokens, in the order of the batch's `sampled_rows`."""
+    def wait(self) -> StepResult:
+        """Wait for it."""
 
 
 class Executor(Protocol):
@@ -60,7 +61,7 @@ class Engine:
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()
-        self._detokenizers: dict[str, Detokenizer] = {}
+        self._outputs = OutputProcessor(tokenizer)
         self._num_requests = 0
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
@@ -74,10 +75,25 @@ class Engine:
                 f"the prompt has {len(prompt_token_ids)} tokens, but max_model_len is {limit} and must hold at least "
                 "one token of output too; shorten the prompt or raise max_model_len"
             )
-        for name, ids in (("prompt_token_ids", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+        ids_by_name = {
+            "prompt_token_ids": prompt_token_ids,
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids or [],
+            "logit_bias": list(params.logit_bias or ()),
+        }
+        for name, ids in ids_by_name.items():
             if min(ids, default=0) < 0 or max(ids, default=0) >= vocab_size:
                 bad = next(i for i in ids if not 0 <= i < vocab_size)
                 raise ValueError(f"{name}: token id {bad} is outside the vocabulary of {vocab_size} tokens")
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(params, name)
+            most = self.config.max_logprobs
+            if number is not None and most >= 0 and (number > most or number == -1):
+                asked = "all (-1)" if number == -1 else number
+                raise ValueError(f"{name} asks for {asked}, more than max_logprobs ({most}); raise that (-1: no limit)")
+        for name in ("stop", "bad_words"):
+            if getattr(params, name) and self.tokenizer is None:
+                raise ValueError(f"{name} needs a tokenizer; leave skip_tokenizer_init=True out")
         self.scheduler.check_fits(self._max_num_tokens(prompt_token_ids, params))
 
     def add_request(
@@ -85,24 +101,49 @@ class Engine:
     ) -> None:
         """Queue a request.  Raises ValueError, and changes nothing, if it cannot be run."""
         self.check_request(prompt_token_ids, params)
-        self._num_requests += 1
-        request = Request(
-            request_id,
-            prompt_token_ids,
-            params,
-            max_num_tokens=self._max_num_tokens(prompt_token_ids, params),
-            seed=self.config.seed * 1_000_003 + self._num_requests if params.seed is None else params.seed,
-            arrival_time=time.monotonic(),
-            prompt=prompt,
-        )
-        self.scheduler.add(request)
-        if self.tokenizer is not None and params.detokenize:
-            self._detokenizers[request_id] = Detokenizer(self.tokenizer, prompt_token_ids, params.skip_special_tokens)
+        if request_id in self._outputs.groups:
+            raise ValueError(f"request_id {request_id!r} is in use; choose another")
+        bad_word_ids = self._bad_word_ids(params)
+        requests = []
+        for index in range(params.n):
+            self._num_requests += 1
+            own = params
+            if index > 0 and params.prompt_logprobs is not None:  # once is enough
+                own = copy.copy(params)
+                own.prompt_logprobs = None
+            requests.append(
+                Request(
+                    request_id if params.n == 1 else f"{index}_{request_id}",
+                    prompt_token_ids,
+                    own,
+                    max_num_tokens=self._max_num_tokens(prompt_token_ids, params),
+                    seed=self.config.seed * 1_000_003 + self._num_requests
+                    if params.seed is None
+                    else params.seed + index,
+                    arrival_time=time.monotonic(),
+                    bad_word_ids=bad_word_ids,
+                )
+            )
+        for request in requests:
+            self.scheduler.add(request)
+        self._outputs.add(request_id, prompt, params, requests)
 
     def abort_requests(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         """End requests; returns the outputs (finish_reason "abort") of those that were still unfinished."""
-        aborted = [self.scheduler.abort(request_id) for request_id in request_ids]
-        return [self._output(request) for request in aborted if request is not None]
+        groups = [self._outputs.groups[i] for i in dict.fromkeys(request_ids) if i in self._outputs.groups]
+        requests = [sample.request for group in groups for sample in group.samples if not sample.request.finished]
+        for request in requests:
+            self.scheduler.abort(request.request_id)
+        return self._outputs.outputs(requests)
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether the request is unfinished."""
+        return request_id in self._outputs.groups
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of the unfinished requests."""
+        return list(self._outputs.groups)
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step is needed."""
@@ -119,16 +160,17 @@ class Engine:
                 self._pending.append(self.executor.execute(batch))
             if not self._pending or (batch is not None and len(self._pending) < self._max_in_flight):
                 return []
-            tokens = self._pending.popleft().wait()
+            result = self._pending.popleft().wait()
         except BaseException:
             self._pending.clear()
             self.scheduler.recover()
             raise
-        outputs = []
-        for request in self.scheduler.update(tokens):
-            if request.finished or request.params.output_kind != RequestOutputKind.FINAL_ONLY:
-                outputs.append(self._output(request))
-        return outputs
+        progressed = self.scheduler.update(result)
+        for request in progressed:
+            stop_string = self._outputs.find_stop(request)
+            if stop_string is not None:
+                self.scheduler.stop(request, stop_string)
+        return self._outputs.outputs(progressed)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests that run keep their blocks."""
@@ -140,31 +182,15 @@ class Engine:
         assert limit is not None
         return limit if params.max_tokens is None else min(len(prompt_token_ids) + params.max_tokens, limit)
 
-    def _output(self, request: Request) -> RequestOutput:
-        """The output of a request that got a token or was aborted."""
-        delta = request.params.output_kind == RequestOutputKind.DELTA
-        new_token_ids = request.token_ids[request.num_prompt_tokens + request.num_reported_tokens :]
-        request.num_reported_tokens += len(new_token_ids)
-        text = ""
-        if request.request_id in self._detokenizers:
-            detokenizer = self._detokenizers[request.request_id]
-            new_text = detokenizer.append(new_token_ids, request.finished)
-            text = new_text if delta else detokenizer.text
-            if request.finished:
-                del self._detokenizers[request.request_id]
-        completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=new_token_ids if delta else request.output_token_ids,
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-        )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.token_ids[: request.num_prompt_tokens],
-            outputs=[completion],
-            finished=request.finished,
-            metrics=request.metrics,
-            num_cached_tokens=request.num_cached_tokens,
-        )
+    def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
+        """The tokens of each bad word, as a text's beginning and, where it differs, after a space."""
+        found: list[list[int]] = []
+        assert isinstance(params.bad_words, list)
+        for word in params.bad_words:
+            plain, spaced = (
+                self.tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False) for prefix in ("", " ")
+            )
+            found.append(plain)
+            if spaced[0] != plain[0] and len(spaced) == len(plain):
+                found.append(spaced)
+        return found

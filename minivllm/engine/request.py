@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from minivllm.engine.batch import TokenLogprobs
 from minivllm.outputs import RequestMetrics
 from minivllm.sampling_params import SamplingParams
 
@@ -15,9 +16,11 @@ class Request:
     """
 
     __slots__ = (
+        "bad_word_ids",
         "block_hashes",
         "block_ids",
         "finish_reason",
+        "logprobs",
         "max_num_tokens",
         "metrics",
         "num_admitted_tokens",
@@ -26,9 +29,8 @@ class Request:
         "num_in_flight",
         "num_prompt_tokens",
         "num_published_blocks",
-        "num_reported_tokens",
         "params",
-        "prompt",
+        "prompt_logprobs",
         "request_id",
         "seed",
         "slot",
@@ -45,10 +47,9 @@ class Request:
         max_num_tokens: int,
         seed: int,
         arrival_time: float,
-        prompt: str | None = None,
+        bad_word_ids: list[list[int]] | None = None,
     ) -> None:
         self.request_id = request_id
-        self.prompt = prompt
         self.params = params
         self.seed = seed
         self.token_ids = list(prompt_token_ids)  # the known tokens: prompt, then output
@@ -62,9 +63,11 @@ class Request:
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []  # of its full blocks of known tokens, as far as computed
         self.num_published_blocks = 0
-        self.num_reported_tokens = 0  # output tokens that outputs have carried
+        self.bad_word_ids = bad_word_ids or []
+        self.logprobs: list[TokenLogprobs] = []  # of the output tokens, if asked for
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on, if asked for
         self.finish_reason: str | None = None
-        self.stop_reason: int | None = None
+        self.stop_reason: int | str | None = None
         self.metrics = RequestMetrics(arrival_time)
 
     @property

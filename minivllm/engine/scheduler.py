@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
+from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.request import Request
 
@@ -47,7 +47,9 @@ class Scheduler:
         self.running: list[Request] = []  # oldest first
         self.stats = SchedulerStats()
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that sampled a token
+        # For each step in flight: the requests that sampled a token; those whose prompt's logprobs it finds, each with
+        # the number of prompt tokens before those.
+        self._in_flight: deque[tuple[list[Request], list[tuple[Request, int]]]] = deque()
 
     def add(self, request: Request) -> None:
         """Queue a request.  Raises ValueError for an id in use."""
@@ -105,6 +107,7 @@ class Scheduler:
             return None
         batch.num_decodes = len(decodes)
         sampled = []
+        asking = []
         for row, (request, num_new) in enumerate(decodes + prefills):
             batch.slots.append(request.slot)
             batch.num_computed.append(request.num_computed_tokens - num_new)
@@ -112,25 +115,35 @@ class Scheduler:
             if request.num_computed_tokens == request.num_tokens:
                 batch.sampled_rows.append(row)
                 sampled.append(request)
+            num_before = request.num_computed_tokens - num_new
+            if request.params.prompt_logprobs is not None and num_before + 1 < request.num_prompt_tokens:
+                batch.prompt_logprobs_rows.append(row)
+                asking.append((request, num_before))
         for request in sampled:
             request.num_in_flight += 1
-        self._in_flight.append(sampled)
+        self._in_flight.append((sampled, asking))
         self.stats.num_steps += 1
         return batch
 
-    def update(self, tokens: Sequence[int]) -> list[Request]:
-        """Enter the tokens sampled by the oldest step in flight, in the order of its `sampled_rows`.
+    def update(self, result: StepResult) -> list[Request]:
+        """Enter what the oldest step in flight found out.
 
         Returns the requests that got a token.  Tokens of requests that ended meanwhile are dropped.
         """
         now = time.monotonic()
-        sampled = self._in_flight.popleft()
+        sampled, asking = self._in_flight.popleft()
+        for (request, num_before), entries in zip(asking, result.prompt_logprobs, strict=True):
+            num_known = len(request.prompt_logprobs)  # more than num_before if it was preempted since
+            request.prompt_logprobs.extend(entries[num_known - num_before :])
         progressed = []
-        for request, token in zip(sampled, tokens, strict=True):
+        all_logprobs: list[TokenLogprobs | None] = result.logprobs or [None] * len(sampled)
+        for request, token, logprobs in zip(sampled, result.tokens, all_logprobs, strict=True):
             if request.finished:
                 continue
             request.num_in_flight -= 1
             request.token_ids.append(token)
+            if logprobs is not None:
+                request.logprobs.append(logprobs)
             metrics = request.metrics
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
@@ -138,6 +151,14 @@ class Scheduler:
             self._check_stop(request, token)
             progressed.append(request)
         return progressed
+
+    def stop(self, request: Request, stop_string: str) -> None:
+        """End a request whose text has come to a stop string."""
+        request.stop_reason = stop_string
+        if request.finished:
+            request.finish_reason = "stop"
+        else:
+            self._finish(request, "stop")
 
     def abort(self, request_id: str) -> Request | None:
         """End a request; its blocks are free at once.  None if there is no such request (it may have finished)."""
@@ -151,7 +172,7 @@ class Scheduler:
 
         What the prefix cache holds may never have been computed, so it is dropped too.  No request is lost.
         """
-        for sampled in self._in_flight:
+        for sampled, _ in self._in_flight:
             for request in sampled:
                 request.num_in_flight = 0
         self._in_flight.clear()
@@ -169,7 +190,8 @@ class Scheduler:
 
     def _admit(self, request: Request, batch: ScheduledBatch) -> bool:
         """Move the first waiting request to the running ones, if the blocks for all its tokens are free."""
-        hits = self.block_manager.cached_prefix(request)
+        # Logprobs of the prompt need all of it computed.
+        hits = self.block_manager.cached_prefix(request) if request.params.prompt_logprobs is None else []
         num_spare = len(self.running)  # each running request may need a block soon: do not admit only to preempt
         if not self.block_manager.admit(request, hits, num_spare):
             return False
@@ -193,6 +215,7 @@ class Scheduler:
                 params,
                 request.seed,
                 stop_token_ids,
+                request.bad_word_ids,
             )
         )
         batch.new_blocks.append((request.slot, 0, list(request.block_ids)))

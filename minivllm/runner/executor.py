@@ -9,7 +9,7 @@ import torch
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.batch import ScheduledBatch
 from minivllm.loading.weights import WeightSource
-from minivllm.runner.model_runner import ModelRunner, StepTokens
+from minivllm.runner.model_runner import ModelRunner, PendingStep
 
 
 class LocalExecutor:
@@ -25,7 +25,7 @@ class LocalExecutor:
             ) from error
         self.num_blocks = self.runner.num_blocks
 
-    def execute(self, batch: ScheduledBatch) -> StepTokens:
+    def execute(self, batch: ScheduledBatch) -> PendingStep:
         """Launch a step."""
         assert self.runner is not None, "the executor was shut down"
         return self.runner.execute(batch)

@@ -7,7 +7,6 @@ on the tokens.  Token values stay on the device: `last_token[slot]` is written b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,12 @@ from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
 from minivllm.loading.weights import WeightSource, fill_dummy, load_weights
 from minivllm.models import model_class
 from minivllm.runner.cuda_graph import StepGraphs, graph_sizes, mixed_graph_sizes
-from minivllm.runner.forward_batch import QUERY_TILE, ForwardBatch
+from minivllm.runner.forward_batch import ForwardBatch
+from minivllm.runner.logits import needs_processing, process_logits, to_device, token_logprobs, truncate
 from minivllm.runner.memory import allocate_kv_cache, kv_cache_blocks
-from minivllm.runner.sampler import mask_logits, needs_masks, sample, sampling_arrays, sampling_inputs, truncate
+from minivllm.runner.mixed_arrays import MAX_PADDED_PREFILLS, mixed_arrays, prompt_part
+from minivllm.runner.pending_step import PendingStep, Sampled
+from minivllm.runner.sampler import SamplingInputs, sample, sampling_arrays, sampling_inputs
 from minivllm.runner.slots import Slots
 from minivllm.runner.step_inputs import NUM_BUFFERS, StepInputs
 from minivllm.runner.warm_up import compile_kernels
@@ -28,21 +30,7 @@ from minivllm.sampling_params import SamplingParams
 
 Changes = tuple[np.ndarray, np.ndarray]  # of the block table: flat indices, values
 Tensors = dict[str, torch.Tensor]
-MAX_PADDED_PREFILLS = 16  # prompts in a mixed step that is padded to a graph's size
-
-
-class StepTokens:
-    """The tokens of a launched step."""
-
-    def __init__(self, tokens: torch.Tensor, event: torch.cuda.Event | None) -> None:
-        self._tokens = tokens
-        self._event = event
-
-    def wait(self) -> list[int]:
-        """Wait until the step has run; its tokens, in the order of the batch's `sampled_rows`."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._tokens.tolist()
+MAX_LOGITS_ROWS = 256  # of a prompt whose logprobs are wanted, at once
 
 
 class ModelRunner:
@@ -60,7 +48,7 @@ class ModelRunner:
         self.model = model_class(model_config.architecture)(
             model_config, self.backend, self.dtype, self.device, config.max_model_len
         )
-        self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, model_config.vocab_size)
         num_slots, num_columns = self.slots.block_table.shape
         self.on_gpu, on_triton = self.device.type == "cuda", config.backend == "triton"
         if self.on_gpu and on_triton:
@@ -71,6 +59,7 @@ class ModelRunner:
         else:
             load_weights(targets, weights, self.model.ignores_weight, progress=True)
         self.model.finish_loading()
+        self.history: torch.Tensor | None = None  # [slots, max_model_len] int32: tokens; made when a request needs it
         self.last_token = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
         self.block_table = torch.from_numpy(self.slots.block_table).to(self.device)  # on a CPU the very same memory
         self.inputs = StepInputs(32 * self.max_num_tokens + 64 * num_slots * (num_columns + 1) + 4096, self.device)
@@ -97,17 +86,18 @@ class ModelRunner:
                 self._mixed(self._mixed_padding(size))
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepTokens:
+    def execute(self, batch: ScheduledBatch) -> PendingStep:
         """Launch a step."""
         changes = self.slots.apply(batch)
+        self._remember_admitted(batch)
         if batch.num_decodes == len(batch.slots):
-            tokens = self._decode_step(batch, changes)
+            sampled = self._decode_step(batch, changes)
         else:
-            tokens = self._mixed_step(batch, changes)
-        return self._hand_over(tokens)
+            sampled = self._mixed_step(batch, changes)
+        return self._hand_over(sampled)
 
-    def _decode_step(self, batch: ScheduledBatch, changes: Changes) -> torch.Tensor:
-        """One token for every row, the one sampled last: replays a graph if there is one.  Returns [rows] int32."""
+    def _decode_step(self, batch: ScheduledBatch, changes: Changes) -> Sampled:
+        """One token for every row, the one sampled last: replays a graph if there is one."""
         num_rows = len(batch.slots)
         size = next(size for size in self.sizes if size >= num_rows) if self.sizes else num_rows
         slots = np.full(size, self.slots.padding, np.int32)
@@ -118,11 +108,46 @@ class ModelRunner:
         tensors = self._upload_decode(slots, seq_lens, num_rows, changes)
         tokens, logits = self.graphs.replay("decode", size) or self._decode(tensors, seq_lens)
         rows, seq_lens = slots[:num_rows], seq_lens[:num_rows]
-        if needs_masks(self.slots, rows, seq_lens):  # the tokens drawn already are drawn again, from masked logits
-            inputs = sampling_inputs(tensors, num_rows)
-            logits = mask_logits(logits[:num_rows], self.slots, rows, seq_lens, inputs.temperature)
-            tokens = sample(self.backend, logits, inputs, self.last_token)
-        return tokens[:num_rows]
+        inputs = sampling_inputs(tensors, num_rows)
+        return self._sample(logits[:num_rows], rows, seq_lens, inputs, tokens[:num_rows])
+
+    def _sample(
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        seq_lens: np.ndarray,
+        inputs: SamplingInputs,
+        tokens: torch.Tensor | None = None,
+    ) -> Sampled:
+        """Draw a token a row.  `tokens`: those that the backend drew by itself already, which hold if no row asks for
+        more."""
+        processed = logits
+        if needs_processing(self.slots, rows, seq_lens):
+            tokens = None
+            processed = process_logits(logits, self.slots, rows, seq_lens, inputs.temperature, self.history)
+        if tokens is None:
+            tokens = sample(self.backend, processed, inputs, self.last_token)
+        if self.slots.remembers[rows].any():
+            assert self.history is not None
+            self.history[inputs.slots, to_device(seq_lens, self.device)] = tokens
+        sampled = Sampled(tokens)
+        num_logprobs = self.slots.num_logprobs[rows]
+        if (num_logprobs >= 0).any():
+            asking = to_device(np.flatnonzero(num_logprobs >= 0), self.device)
+            sampled.num_logprobs = num_logprobs
+            sampled.logprobs = token_logprobs(logits[asking], tokens[asking], int(num_logprobs.max()))
+        return sampled
+
+    def _remember_admitted(self, batch: ScheduledBatch) -> None:
+        """Write the known tokens of new requests that ask for what hangs on them to `history`."""
+        for request in batch.admitted:
+            if self.slots.remembers[request.slot]:
+                if self.history is None:
+                    num_slots, longest = self.last_token.shape[0], self.config.max_model_len
+                    assert longest is not None
+                    self.history = torch.zeros(num_slots, longest, dtype=torch.int32, device=self.device)
+                tokens = to_device(self.slots.token_ids[request.slot], self.device)
+                self.history[request.slot, : len(tokens)] = tokens
 
     def _upload_decode(
         self, slots: np.ndarray, seq_lens: np.ndarray, num_rows: int, changes: Changes | None
@@ -158,63 +183,39 @@ class ModelRunner:
         inputs = sampling_inputs(tensors, len(slots))
         return sample(self.backend, logits, inputs, self.last_token), logits
 
-    def _mixed_step(self, batch: ScheduledBatch, changes: Changes) -> torch.Tensor:
-        """Decodes and chunks of prompts in one pass.  Returns the tokens of the rows that sample: [sampled] int32."""
+    def _mixed_step(self, batch: ScheduledBatch, changes: Changes) -> Sampled:
+        """Decodes and chunks of prompts in one pass."""
         size = next((size for size in self.mixed_sizes if size >= batch.num_tokens), None)
         if len(batch.slots) - batch.num_decodes > MAX_PADDED_PREFILLS:
             size = None
-        arrays = self._mixed_arrays(batch, size)
+        arrays = mixed_arrays(self.slots, batch, size)
         sampled = np.array(batch.sampled_rows, np.int32)
         slots, seq_lens, ends = arrays["slots"][sampled], arrays["seq_lens"][sampled], arrays["query_start_loc"][1:]
-        arrays["output_tokens"] = ends[sampled if len(sampled) else [0]] - 1
+        prompts = [prompt_part(self.slots, batch, row) for row in batch.prompt_logprobs_rows]
+        output_tokens = [ends[sampled] - 1, *(ends[row] - num + offsets for row, num, offsets, _ in prompts)]
+        wanted = np.concatenate(output_tokens).astype(np.int32)
+        arrays["output_tokens"] = wanted if len(wanted) else ends[:1] - 1
         tensors = self._upload(arrays | sampling_arrays(self.slots, slots, seq_lens), changes)
         if size is None:
             x, residual = self._mixed(tensors, arrays, tensors["output_tokens"])
         else:
             output = self.graphs.replay("mixed", size) or self._mixed(tensors)
             x, residual = (part[tensors["output_tokens"]] for part in output)
-        if not len(sampled):
-            return self.last_token[:0]
-        logits = self.model.compute_logits(x, residual)
-        inputs = sampling_inputs(tensors, len(sampled))
-        if needs_masks(self.slots, slots, seq_lens):
-            logits = mask_logits(logits, self.slots, slots, seq_lens, inputs.temperature)
-        return sample(self.backend, logits, inputs, self.last_token)
-
-    def _mixed_arrays(self, batch: ScheduledBatch, size: int | None) -> dict[str, np.ndarray]:
-        """What `_mixed` reads.  For a `size`, all shapes depend on it alone: tokens, rows and tiles are padded."""
-        slots = np.array(batch.slots, np.int32)
-        num_computed = np.array(batch.num_computed, np.int32)
-        num_scheduled = np.array(batch.num_scheduled, np.int32)
-        query_start_loc = np.zeros(len(slots) + 1, np.int32)
-        np.cumsum(num_scheduled, out=query_start_loc[1:])
-        num_tokens, num_decodes = query_start_loc[-1], batch.num_decodes
-        row_of_token = np.repeat(np.arange(len(slots)), num_scheduled)
-        positions = np.arange(num_tokens, dtype=np.int32)
-        positions += (num_computed - query_start_loc[:-1])[row_of_token]
-        token_ids = np.full(num_tokens, -1, np.int32)  # of decodes, only the device knows them
-        for row in range(num_decodes, len(slots)):
-            known = self.slots.token_ids[slots[row]]
-            begin = num_computed[row]
-            token_ids[query_start_loc[row] : query_start_loc[row + 1]] = known[begin : begin + num_scheduled[row]]
-        seq_lens = num_computed + num_scheduled
-        tiles = query_tiles(num_scheduled, num_decodes)
-        tokens, rows, decodes, num_tiles = num_tokens, len(slots), num_decodes, len(tiles)
-        if size is not None:
-            tokens, decodes = size, min(size, self.slots.padding)
-            rows = decodes + 1  # the last one is padding, to which padded tiles belong
-            num_tiles = size // QUERY_TILE + MAX_PADDED_PREFILLS
-        return {
-            "slots": _pad(slots, rows, self.slots.padding),
-            "seq_lens": _pad(seq_lens, rows, 0),
-            "decode_seq_lens": _pad(seq_lens[:num_decodes], decodes, -1),
-            "positions": _pad(positions, tokens, 0),
-            "slot_mapping": _pad(self.slots.slot_mapping(slots[row_of_token], positions), tokens, -1),
-            "token_ids": _pad(token_ids, tokens, 0),
-            "token_slots": _pad(slots[row_of_token], tokens, self.slots.padding),
-            "query_start_loc": _pad(query_start_loc, rows + 1, num_tokens),
-            "query_tiles": _pad(tiles, num_tiles, [rows - 1, 0]),
-        }
+        num_sampled = len(sampled)
+        result = Sampled(self.last_token[:0])
+        if num_sampled:
+            logits = self.model.compute_logits(x[:num_sampled], residual[:num_sampled])
+            result = self._sample(logits, slots, seq_lens, sampling_inputs(tensors, num_sampled))
+        begin = num_sampled
+        for row, _, _, targets in prompts:
+            num_top = int(self.slots.num_prompt_logprobs[batch.slots[row]])
+            result.prompt_logprobs.append([])
+            for part in to_device(targets, self.device).split(MAX_LOGITS_ROWS):
+                end = begin + len(part)
+                logits = self.model.compute_logits(x[begin:end], residual[begin:end])
+                result.prompt_logprobs[-1].append(token_logprobs(logits, part, num_top))
+                begin = end
+        return result
 
     def _mixed(
         self,
@@ -249,16 +250,16 @@ class ModelRunner:
         self.block_table.view(-1).index_copy_(0, tensors["changed"], tensors["new_values"])
         return tensors
 
-    def _hand_over(self, tokens: torch.Tensor) -> StepTokens:
+    def _hand_over(self, sampled: Sampled) -> PendingStep:
         """Start the copy of the tokens to the host."""
         if not self.on_gpu:
-            return StepTokens(tokens, None)
+            return PendingStep(sampled, None)
         self._turn = (self._turn + 1) % NUM_BUFFERS
-        host = self._host_tokens[self._turn][: len(tokens)]
-        host.copy_(tokens, non_blocking=True)
+        host = self._host_tokens[self._turn][: len(sampled.tokens)]
+        sampled.tokens = host.copy_(sampled.tokens, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return StepTokens(host, event)
+        return PendingStep(sampled, event)
 
     def _capture(self, sizes: Sequence[int], mixed_sizes: Sequence[int]) -> None:
         self.graphs.capture("decode", sizes, self._decode_padding, self._decode)
@@ -269,7 +270,7 @@ class ModelRunner:
         return self._upload_decode(np.full(size, self.slots.padding, np.int32), np.zeros(size, np.int32), 0, None)
 
     def _mixed_padding(self, size: int) -> Tensors:
-        return self._upload(self._mixed_arrays(ScheduledBatch(), size), None)
+        return self._upload(mixed_arrays(self.slots, ScheduledBatch(), size), None)
 
     def _profile(self, use_graphs: bool) -> None:
         """Run the largest steps there can be, for their memory to be measured; compiles every kernel on the way.
@@ -294,22 +295,3 @@ class ModelRunner:
         truncate(logits.float(), ones, ones.int(), ones, ones)
         if use_graphs:
             self._capture(self.sizes[-1:], self.mixed_sizes[-1:])
-
-
-def query_tiles(num_scheduled: np.ndarray, num_decodes: int) -> np.ndarray:
-    """[tiles, 2] int32: the row and first query of every tile of prefill attention; in a row, the last tile first."""
-    num_tiles = -(-num_scheduled // QUERY_TILE)
-    num_tiles[:num_decodes] = 0
-    rows = np.repeat(np.arange(len(num_tiles)), num_tiles)
-    tiles_left = np.cumsum(num_tiles)[rows] - np.arange(len(rows)) - 1
-    return np.stack([rows, tiles_left * QUERY_TILE], 1).astype(np.int32)
-
-
-def _pad(array: np.ndarray, size: int, value: Any) -> np.ndarray:
-    """`array`, with rows of `value` up to `size`."""
-    if len(array) == size:
-        return array
-    padded = np.empty((size, *array.shape[1:]), array.dtype)
-    padded[: len(array)] = array
-    padded[len(array) :] = value
-    return padded

@@ -12,10 +12,11 @@ from minivllm.engine.batch import ScheduledBatch
 
 
 class Slots:
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int) -> None:
         n = max_num_seqs + 1
         self.padding = max_num_seqs
         self.block_size = block_size
+        self.vocab_size = vocab_size
         self.block_table = np.zeros((n, -(-max_model_len // block_size)), np.int32)
         self.token_ids: list[np.ndarray] = [np.zeros(0, np.int32)] * n  # those known at admission
         self.num_prompt_tokens = np.zeros(n, np.int32)
@@ -27,6 +28,17 @@ class Slots:
         self.truncates = np.zeros(n, bool)
         self.min_tokens = np.zeros(n, np.int32)
         self.stop_token_ids: list[list[int]] = [[]] * n
+        self.presence_penalty = np.zeros(n, np.float32)
+        self.frequency_penalty = np.zeros(n, np.float32)
+        self.repetition_penalty = np.ones(n, np.float32)
+        self.penalizes = np.zeros(n, bool)
+        self.bad_word_ids: list[list[list[int]]] = [[]] * n
+        self.allowed_token_ids: list[list[int] | None] = [None] * n
+        self.logit_bias: list[dict[int, float] | None] = [None] * n
+        self.remembers = np.zeros(n, bool)  # asks for what hangs on the tokens so far
+        self.processes = np.zeros(n, bool)  # asks for more than the backend's own sampling
+        self.num_logprobs = np.full(n, -1, np.int32)  # −1: none asked for
+        self.num_prompt_logprobs = np.full(n, -1, np.int32)
 
     def apply(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray]:
         """Take in what `batch` says is new.  Returns the changes to `block_table`: flat indices (int64), values
@@ -41,6 +53,20 @@ class Slots:
             self.truncates[slot] = params.truncates
             self.min_tokens[slot] = params.min_tokens
             self.stop_token_ids[slot] = request.stop_token_ids
+            self.presence_penalty[slot], self.frequency_penalty[slot] = (
+                params.presence_penalty,
+                params.frequency_penalty,
+            )
+            self.repetition_penalty[slot], self.penalizes[slot] = params.repetition_penalty, params.penalizes
+            self.bad_word_ids[slot] = request.bad_word_ids
+            self.allowed_token_ids[slot], self.logit_bias[slot] = params.allowed_token_ids, params.logit_bias
+            self.remembers[slot] = params.penalizes or bool(request.bad_word_ids)
+            asks = params.allowed_token_ids is not None or bool(params.logit_bias)
+            self.processes[slot] = params.truncates or self.remembers[slot] or asks
+            for counts, asked in (
+                (self.num_logprobs, params.logprobs), (self.num_prompt_logprobs, params.prompt_logprobs),
+            ):  # fmt: skip
+                counts[slot] = -1 if asked is None else self.vocab_size if asked == -1 else asked
         indices: list[int] = []
         values: list[int] = []
         for slot, column, blocks in batch.new_blocks:

@@ -1,0 +1,150 @@
+"""OutputProcessor: from the tokens of requests to what users get: texts, logprobs, the n outputs of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from minivllm.engine.batch import TokenLogprobs
+from minivllm.engine.detokenizer import Detokenizer
+from minivllm.engine.request import Request
+from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+
+@dataclass(slots=True)
+class Sample:
+    """One of the n outputs of a prompt."""
+
+    index: int
+    request: Request
+    detokenizer: Detokenizer | None
+    num_reported_tokens: int = 0
+    num_reported_characters: int = 0
+
+
+@dataclass(slots=True)
+class Group:
+    """What a user knows as one request."""
+
+    request_id: str
+    prompt: str | None
+    params: SamplingParams
+    samples: list[Sample]
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.request.finished for sample in self.samples)
+
+
+class OutputProcessor:
+    def __init__(self, tokenizer: Any) -> None:
+        self.groups: dict[str, Group] = {}  # unfinished ones
+        self._tokenizer = tokenizer
+        self._places: dict[Request, tuple[Group, Sample]] = {}
+        self._token_texts: dict[int, str] = {}
+
+    def add(self, request_id: str, prompt: str | None, params: SamplingParams, requests: list[Request]) -> None:
+        """Take care of the n `requests` of a user's request."""
+        group = Group(request_id, prompt, params, [])
+        self.groups[request_id] = group
+        for index, request in enumerate(requests):
+            detokenizer = None
+            if self._tokenizer is not None and params.detokenize:
+                detokenizer = Detokenizer(self._tokenizer, request.token_ids, params)
+            sample = Sample(index, request, detokenizer)
+            group.samples.append(sample)
+            self._places[request] = group, sample
+
+    def find_stop(self, request: Request) -> str | None:
+        """The stop string that the request's newest token completes."""
+        detokenizer = self._places[request][1].detokenizer
+        if detokenizer is None or not request.params.stop:
+            return None
+        self._detokenize(request, detokenizer)
+        return detokenizer.find_stop(search=request.num_output_tokens > request.params.min_tokens)
+
+    def outputs(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """The outputs that are due when `requests` got a token or ended."""
+        changed: dict[str, list[Sample]] = {}
+        for request in requests:
+            group, sample = self._places[request]
+            changed.setdefault(group.request_id, []).append(sample)
+        outputs = []
+        for request_id, samples in changed.items():
+            group = self.groups[request_id]
+            if group.finished:
+                del self.groups[request_id]
+                for sample in group.samples:
+                    del self._places[sample.request]
+            if group.params.output_kind != RequestOutputKind.FINAL_ONLY:
+                outputs.append(self._output(group, samples))
+            elif group.finished:
+                outputs.append(self._output(group, group.samples))
+        return outputs
+
+    def _output(self, group: Group, samples: list[Sample]) -> RequestOutput:
+        first = group.samples[0].request
+        prompt_logprobs = None
+        if first.params.prompt_logprobs is not None:
+            ids = first.token_ids[1 : 1 + len(first.prompt_logprobs)]
+            prompt_logprobs = [None, *map(self._logprobs, ids, first.prompt_logprobs)]
+        return RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            outputs=[self._completion(sample) for sample in samples],
+            finished=group.finished,
+            metrics=first.metrics,
+            num_cached_tokens=first.num_cached_tokens,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _completion(self, sample: Sample) -> CompletionOutput:
+        request = sample.request
+        delta = request.params.output_kind == RequestOutputKind.DELTA
+        begin = sample.num_reported_tokens if delta else 0
+        sample.num_reported_tokens = request.num_output_tokens
+        token_ids = request.output_token_ids[begin:]
+        text = ""
+        if sample.detokenizer is not None:
+            self._detokenize(request, sample.detokenizer)
+            text = sample.detokenizer.visible_text(request.finished)
+            begin_text = sample.num_reported_characters if delta else 0
+            sample.num_reported_characters, text = len(text), text[begin_text:]
+        logprobs = total = None
+        if request.params.logprobs is not None:
+            logprobs = [self._logprobs(*pair) for pair in zip(token_ids, request.logprobs[begin:], strict=True)]
+            total = sum(entry.logprob for entry in request.logprobs)
+        return CompletionOutput(
+            index=sample.index,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=total,
+            logprobs=logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+
+    def _detokenize(self, request: Request, detokenizer: Detokenizer) -> None:
+        """Bring the text up to date.  A token that ended the output is no part of it, unless asked for."""
+        if isinstance(request.stop_reason, str):
+            return  # the text ends there
+        token_ids = request.output_token_ids
+        if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
+            token_ids.pop()
+        detokenizer.append(token_ids[detokenizer.num_tokens :], request.finished)
+
+    def _logprobs(self, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
+        found = {token_id: Logprob(entry.logprob, entry.rank, self._text(token_id))}
+        for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
+            found.setdefault(other, Logprob(logprob, rank, self._text(other)))
+        return found
+
+    def _text(self, token_id: int) -> str | None:
+        if self._tokenizer is None:
+            return None
+        if token_id not in self._token_texts:
+            self._token_texts[token_id] = self._tokenizer.decode([token_id])
+        return self._token_texts[token_id]

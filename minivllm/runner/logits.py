@@ -1,0 +1,191 @@
+"""What requests ask to be done to logits before a token is drawn, and the log probabilities they want to see.
+
+In vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias, penalties, and then min_p, top_k, top_p.  A batch
+in which nobody asks for any of it never comes here.  What hangs on tokens that only the device knows yet (penalties,
+bad words) is worked out there, from `history`: the tokens of each slot, [slots, max_model_len] int32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minivllm.engine.batch import TokenLogprobs
+from minivllm.runner.slots import Slots
+
+NEVER = float("-inf")
+
+
+def needs_processing(slots: Slots, rows: np.ndarray, seq_lens: np.ndarray) -> bool:
+    """Whether any of the requests in slots `rows` asks for more than the backend's own sampling."""
+    return bool(slots.processes[rows].any() or (_num_outputs(slots, rows, seq_lens) < slots.min_tokens[rows]).any())
+
+
+def process_logits(
+    logits: torch.Tensor,
+    slots: Slots,
+    rows: np.ndarray,
+    seq_lens: np.ndarray,
+    temperature: torch.Tensor,
+    history: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A float32 copy of the logits [R, vocab] of slots `rows` [R], now `seq_lens` [R] tokens long, with what they ask
+    for done."""
+    logits = logits.to(torch.float32, copy=True)
+    asked = [(i, slots.allowed_token_ids[slot]) for i, slot in enumerate(rows.tolist())]
+    allowed = [(i, ids) for i, ids in asked if ids is not None]
+    if allowed:
+        index = _pairs(allowed, logits.device)
+        kept = logits[index]
+        logits[to_device(np.array([i for i, _ in allowed]), logits.device)] = NEVER
+        logits[index] = kept
+    if any(slots.bad_word_ids[slot] for slot in rows):
+        _exclude_bad_words(logits, slots, rows, seq_lens, history)
+    short = np.flatnonzero(_num_outputs(slots, rows, seq_lens) < slots.min_tokens[rows]).tolist()
+    if any(slots.stop_token_ids[rows[i]] for i in short):
+        logits[_pairs([(i, slots.stop_token_ids[rows[i]]) for i in short], logits.device)] = NEVER
+    biased = [(i, slots.logit_bias[slot]) for i, slot in enumerate(rows.tolist()) if slots.logit_bias[slot]]
+    if biased:
+        values = np.concatenate([np.array(list(bias.values()), np.float32) for _, bias in biased])
+        index = _pairs([(i, list(bias)) for i, bias in biased], logits.device)
+        logits[index] += to_device(values, logits.device)
+    if slots.penalizes[rows].any():
+        _penalize(logits, slots, rows, seq_lens, history)
+    if slots.truncates[rows].any():
+        top_k, top_p, min_p = (
+            to_device(values[rows], logits.device) for values in (slots.top_k, slots.top_p, slots.min_p)
+        )
+        truncate(logits, temperature, top_k, top_p, min_p)
+    return logits
+
+
+def truncate(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> None:
+    """Set to −inf, in place, what min_p, then top_k, then top_p (Holtzman et al. 2020) rule out, in vLLM's order.
+
+    logits: [R, vocab] float32; the others: [R], top_k ≤ 0, top_p = 1 and min_p = 0 meaning off.
+    """
+    scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    best = scaled.amax(-1, keepdim=True)
+    # p < min_p · p_best  <=>  logit < best + log(min_p)
+    scaled.masked_fill_(scaled < best + min_p.clamp(min=1e-30).log()[:, None], NEVER)
+    values, order = scaled.sort(-1, descending=True)
+    ranks = torch.arange(values.shape[1], device=values.device)
+    limit = torch.where(top_k > 0, top_k, values.shape[1])
+    values.masked_fill_(ranks[None, :] >= limit[:, None], NEVER)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of the more likely tokens
+    values.masked_fill_((before >= top_p[:, None]) & (top_p < 1)[:, None] & (ranks > 0), NEVER)
+    dropped = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, order, values == NEVER)
+    logits.masked_fill_(dropped, NEVER)
+
+
+def _exclude_bad_words(
+    logits: torch.Tensor, slots: Slots, rows: np.ndarray, seq_lens: np.ndarray, history: torch.Tensor | None
+) -> None:
+    """Rule out the last token of a bad word where the output ends with the tokens before it."""
+    assert history is not None
+    num_outputs = _num_outputs(slots, rows, seq_lens)
+    words = [(i, word) for i, slot in enumerate(rows.tolist()) for word in slots.bad_word_ids[slot]]
+    words = [(i, word) for i, word in words if len(word) - 1 <= num_outputs[i]]
+    if not words:
+        return
+    longest = max(len(word) - 1 for _, word in words)
+    before = np.full((len(words), longest), -1, np.int64)  # the tokens before the last, at the right; −1: any
+    for k, (_, word) in enumerate(words):
+        before[k, longest - len(word) + 1 :] = word[:-1]
+    owners = np.array([i for i, _ in words])
+    places = np.maximum(seq_lens[owners, None] - longest + np.arange(longest), 0)
+    device = logits.device
+    found = history[to_device(rows[owners].astype(np.int64), device)[:, None], to_device(places, device)]
+    expected = to_device(before, device)
+    matches = ((found == expected) | (expected < 0)).all(1)
+    index = _pairs([(i, word[-1:]) for i, word in words], device)
+    logits.index_put_(index, torch.where(matches, NEVER, 0.0), accumulate=True)  # a token may end several words
+
+
+def _penalize(
+    logits: torch.Tensor, slots: Slots, rows: np.ndarray, seq_lens: np.ndarray, history: torch.Tensor | None
+) -> None:
+    """Repetition penalty (Keskar et al. 2019) on the tokens of prompt and output, frequency and presence penalties on
+    those of the output."""
+    assert history is not None
+    chosen = np.flatnonzero(slots.penalizes[rows])
+    own, lens, device, vocab_size = rows[chosen], seq_lens[chosen], logits.device, logits.shape[1]
+    index = to_device(chosen, device)
+    repetition, frequency, presence = (
+        to_device(values[own], device)[:, None]
+        for values in (slots.repetition_penalty, slots.frequency_penalty, slots.presence_penalty)
+    )
+    longest = int(lens.max())
+    tokens = history[to_device(own.astype(np.int64), device), :longest].long()
+    places = torch.arange(longest, device=device)[None, :]
+    is_known = places < to_device(lens, device)[:, None]
+    is_output = is_known & (places >= to_device(slots.num_prompt_tokens[own], device)[:, None])
+    counts = torch.zeros(len(own), vocab_size + 1, device=device)  # the last column is for what does not count
+    counts.scatter_add_(1, torch.where(is_output, tokens, vocab_size), torch.ones(tokens.shape, device=device))
+    is_there = torch.zeros(len(own), vocab_size + 1, dtype=torch.bool, device=device)
+    is_there.scatter_(1, torch.where(is_known, tokens, vocab_size), True)
+    counts, is_there = counts[:, :-1], is_there[:, :-1]
+    values = logits[index]
+    values = torch.where(is_there, torch.where(values > 0, values / repetition, values * repetition), values)
+    logits[index] = values - frequency * counts - presence * (counts > 0)
+
+
+@dataclass(slots=True)
+class LogprobTensors:
+    """Log probabilities on their way to the host, for some tokens: [N] each, and [N, K] for the most likely ones."""
+
+    logprobs: torch.Tensor
+    ranks: torch.Tensor
+    top_token_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+
+    def entries(self) -> list[TokenLogprobs]:
+        """To be called when the copies to the host are done."""
+        columns = (self.logprobs, self.ranks, self.top_token_ids, self.top_logprobs)
+        return [TokenLogprobs(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobTensors:
+    """Of `token_ids` [N] and of the `num_top` most likely tokens, by the softmax of logits [N, vocab].  The copies to
+    the host are started, not waited for."""
+    logits = logits.float()
+    normalizer = logits.logsumexp(-1)
+    own = logits.gather(1, token_ids.long()[:, None])
+    values, ids = logits.topk(num_top)
+    return LogprobTensors(
+        _to_host(own[:, 0] - normalizer),
+        _to_host((logits >= own).sum(-1)),
+        _to_host(ids),
+        _to_host(values - normalizer[:, None]),
+    )
+
+
+def _num_outputs(slots: Slots, rows: np.ndarray, seq_lens: np.ndarray) -> np.ndarray:
+    return seq_lens - slots.num_prompt_tokens[rows]
+
+
+def _pairs(items: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) that index the given columns of each row."""
+    columns = [np.asarray(ids, np.int64) for _, ids in items]
+    rows = np.repeat(np.array([row for row, _ in items], np.int64), [len(ids) for ids in columns])
+    index = to_device(np.stack([rows, np.concatenate(columns)]), device)
+    return index[0], index[1]
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host, without waiting for it."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

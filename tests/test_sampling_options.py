@@ -1,0 +1,370 @@
+"""What SamplingParams can ask for, each against Hugging Face or a direct computation on its logits."""
+
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_VOCAB
+
+from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm.config import ModelConfig
+
+PROMPTS = [[1, 2, 3], [(7 * i) % 90 for i in range(40)], [5] * 9 + [8, 5, 8], list(range(60, 85))]
+NUM_TOKENS = 20
+
+
+def make(folder, **arguments):
+    return LLM(folder, **dict(skip_tokenizer_init=True, device="cpu", block_size=16) | arguments)
+
+
+def block_bytes(folder):
+    model = ModelConfig.from_hf(json.loads((Path(folder) / "config.json").read_text()))
+    return 16 * 4 * model.kv_elements_per_token
+
+
+def run(llm, prompts, params):
+    return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@torch.no_grad()
+def logits_after(model, token_ids):
+    """[tokens, vocab] float64."""
+    return model(torch.tensor([token_ids])).logits[0].double()
+
+
+def reference(model, prompt, num_tokens, params, bad_words=()):
+    """Greedy tokens, options applied one by one to the logits of a whole forward pass."""
+    token_ids = list(prompt)
+    for _ in range(num_tokens):
+        logits, output = logits_after(model, token_ids)[-1], token_ids[len(prompt) :]
+        if params.allowed_token_ids:
+            banned = set(range(len(logits))) - set(params.allowed_token_ids)
+            logits[list(banned)] = -math.inf
+        for *before, last in bad_words:
+            if not before or output[-len(before) :] == before:
+                logits[last] = -math.inf
+        for token, value in (params.logit_bias or {}).items():
+            logits[token] += value
+        for token in set(token_ids):
+            logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
+        for token, count in Counter(output).items():
+            logits[token] -= params.frequency_penalty * count + params.presence_penalty
+        token_ids.append(int(logits.argmax()))
+    return token_ids[len(prompt) :]
+
+
+OPTIONS = [
+    dict(repetition_penalty=1.4),
+    dict(repetition_penalty=0.8),
+    dict(frequency_penalty=0.7),
+    dict(presence_penalty=2.0),
+    dict(presence_penalty=-1.5, frequency_penalty=0.4, repetition_penalty=1.2),
+    dict(logit_bias={3: 4.0, 77: -100.0, 80: 1.5}),
+    dict(allowed_token_ids=[2, 3, 5, 7, 11, 13, 17, 90]),
+    dict(allowed_token_ids=list(range(40)), logit_bias={7: 2.5}, frequency_penalty=1.0),
+]
+SETTINGS = {
+    "plain": {},
+    "async": dict(async_scheduling=True),
+    "chunked": dict(max_num_batched_tokens=16, max_num_seqs=4),
+    "preempting": dict(num_blocks=7, async_scheduling=True),
+    "gpu": dict(device="cuda", dtype="float32"),
+    "gpu-preempting": dict(device="cuda", dtype="float32", num_blocks=7),
+}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.gpu] * ("gpu" in name)) for name in SETTINGS]
+)
+def engine(request, tiny):
+    settings = dict(SETTINGS[request.param])
+    if "num_blocks" in settings:
+        settings["kv_cache_memory_bytes"] = settings.pop("num_blocks") * block_bytes(tiny("gqa-tied"))
+    with make(tiny("gqa-tied"), **settings) as llm:
+        yield llm
+        assert (llm.engine.scheduler.stats.num_preemptions > 0) == ("preempting" in request.param)
+        llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_on_logits(engine, tiny, hugging_face, options):
+    """In a batch with requests that ask for nothing, and for other things."""
+    model, greedy = hugging_face(tiny("gqa-tied")), dict(temperature=0, max_tokens=NUM_TOKENS)
+    params = SamplingParams(**greedy, **options)
+    others = [SamplingParams(**greedy), SamplingParams(temperature=1, seed=3, max_tokens=9, **OPTIONS[-1])]
+    found = run(engine, [*PROMPTS, *PROMPTS[:2]], [params] * len(PROMPTS) + others)
+    expected = [reference(model, prompt, NUM_TOKENS, params) for prompt in PROMPTS]
+    assert found[: len(PROMPTS)] == expected
+    assert found[len(PROMPTS)] == reference(model, PROMPTS[0], NUM_TOKENS, others[0])
+    plain = [reference(model, prompt, NUM_TOKENS, others[0]) for prompt in PROMPTS]
+    assert expected != plain, "else the option was not seen to do anything"
+
+
+def test_repetition_penalty_is_hugging_face_s(tiny, hugging_face):
+    model = hugging_face(tiny("mha"))
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    with make(tiny("mha")) as llm:
+        found = run(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=15, repetition_penalty=1.3))
+    for prompt, token_ids in zip(PROMPTS, found, strict=True):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=15, repetition_penalty=1.3)
+        assert token_ids == out[0, len(prompt) :].tolist()
+
+
+class WordTokenizer:
+    """Words w0, w1, … for tokens 0, 1, …; a space before a word makes it the token of its number plus 50."""
+
+    eos_token_id = None
+
+    def encode(self, text, add_special_tokens):
+        words = text.split(" ")
+        spaced = bool(words) and words[0] == ""
+        ids = [int(word[1:]) for word in words if word]
+        return [ids[0] + 50 * spaced, *ids[1:]]
+
+    def decode(self, ids, **_):
+        return "".join(f" w{i}" for i in ids)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_bad_words(tiny, hugging_face, asynchronous):
+    """Single tokens, words of several tokens, and words that share their last token."""
+    model = hugging_face(tiny("gqa-tied"))
+    plain = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
+    free = [reference(model, prompt, NUM_TOKENS, plain) for prompt in PROMPTS]
+    ids = [[free[0][0]], free[0][3:5], free[1][5:8], [free[1][0], free[1][7]], [TINY_VOCAB - 60, free[0][4]]]
+    with make(tiny("gqa-tied"), async_scheduling=asynchronous) as llm:
+        llm.engine.tokenizer = WordTokenizer()
+        words = [" ".join(f"w{i}" for i in word) for word in ids]
+        params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, bad_words=words, detokenize=False)
+        spaced = [[word[0] + 50, *word[1:]] for word in ids]
+        assert llm.engine._bad_word_ids(params) == [word for pair in zip(ids, spaced, strict=True) for word in pair]
+        found = run(llm, [*PROMPTS, PROMPTS[0]], [params] * len(PROMPTS) + [plain])
+    expected = [reference(model, prompt, NUM_TOKENS, params, [*ids, *spaced]) for prompt in PROMPTS]
+    assert found == [*expected, free[0]] and expected != free
+
+
+# ---- logprobs
+
+
+def check_logprobs(entries, logits, token_ids, num_top):
+    """`entries` are those of `token_ids` [N] by logits [N, vocab]."""
+    assert len(entries) == len(token_ids)
+    for entry, row, token in zip(entries, logits.log_softmax(-1), token_ids, strict=True):
+        assert next(iter(entry)) == token, "the token itself comes first"
+        assert entry[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert entry[token].rank == (row >= row[token]).sum().item()
+        top = row.topk(num_top)
+        others = {int(i): (value.item(), rank + 1) for rank, (value, i) in enumerate(zip(*top, strict=True))}
+        assert entry.keys() == {token, *others}
+        for other, (value, rank) in others.items():
+            assert entry[other].logprob == pytest.approx(value, abs=1e-4)
+            assert entry[other].rank == rank
+        assert all(found.decoded_token is None for found in entry.values())
+
+
+def test_logprobs(engine, tiny, hugging_face):
+    """Of outputs and prompts, from raw logits: penalties and temperature do not change them.  Asked for twice, so that
+    the second time the prompts are in the prefix cache."""
+    model = hugging_face(tiny("gqa-tied"))
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, logprobs=3, prompt_logprobs=2, repetition_penalty=1.5),
+        SamplingParams(temperature=0.7, seed=1, max_tokens=12, logprobs=0, prompt_logprobs=0),
+        SamplingParams(temperature=1, seed=2, max_tokens=12, logprobs=5),
+        SamplingParams(temperature=1, seed=3, max_tokens=12, prompt_logprobs=4, top_k=10),
+    ]
+    for _ in range(2):
+        outputs = engine.generate(PROMPTS, params, use_tqdm=False)
+        for prompt, asked, output in zip(PROMPTS, params, outputs, strict=True):
+            completion = output.outputs[0]
+            logits = logits_after(model, prompt + completion.token_ids)
+            if asked.logprobs is None:
+                assert completion.logprobs is completion.cumulative_logprob is None
+            else:
+                check_logprobs(completion.logprobs, logits[len(prompt) - 1 : -1], completion.token_ids, asked.logprobs)
+                total = sum(e[t].logprob for e, t in zip(completion.logprobs, completion.token_ids, strict=True))
+                assert completion.cumulative_logprob == pytest.approx(total)
+            if asked.prompt_logprobs is None:
+                assert output.prompt_logprobs is None
+            else:
+                assert output.prompt_logprobs[0] is None and output.num_cached_tokens == 0
+                check_logprobs(output.prompt_logprobs[1:], logits[: len(prompt) - 1], prompt[1:], asked.prompt_logprobs)
+
+
+def test_all_logprobs(tiny, hugging_face):
+    with make(tiny("mha"), max_logprobs=-1) as llm:
+        output = llm.generate(
+            PROMPTS[0], SamplingParams(temperature=0, max_tokens=3, logprobs=-1, prompt_logprobs=-1), use_tqdm=False
+        )[0]
+    logits = logits_after(hugging_face(tiny("mha")), PROMPTS[0] + output.outputs[0].token_ids)
+    check_logprobs(output.outputs[0].logprobs, logits[2:-1], output.outputs[0].token_ids, TINY_VOCAB)
+    check_logprobs(output.prompt_logprobs[1:], logits[:2], PROMPTS[0][1:], TINY_VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(logprobs=21), r"logprobs asks for 21, more than max_logprobs \(20\)"),
+        (dict(prompt_logprobs=-1), r"prompt_logprobs asks for all \(-1\), more than max_logprobs"),
+        (dict(allowed_token_ids=[5, TINY_VOCAB]), f"allowed_token_ids: token id {TINY_VOCAB} is outside"),
+        (dict(logit_bias={TINY_VOCAB: 1}), f"logit_bias: token id {TINY_VOCAB} is outside"),
+        (dict(stop="a"), "stop needs a tokenizer"),
+        (dict(bad_words="a"), "bad_words needs a tokenizer"),
+    ],
+    ids=str,
+)
+def test_what_this_model_cannot_do_is_refused(tiny, options, message):
+    with make(tiny("mha")) as llm, pytest.raises(ValueError, match=message):
+        llm.generate([1, 2], SamplingParams(**options), use_tqdm=False)
+
+
+# ---- n
+
+
+def test_n_outputs(engine):
+    """Each is what its own seed draws alone."""
+    params = SamplingParams(temperature=1, max_tokens=14, seed=11, n=3, logprobs=1, prompt_logprobs=1)
+    outputs = engine.generate(PROMPTS, params, use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        assert [completion.index for completion in output.outputs] == [0, 1, 2] and output.finished
+        for i, completion in enumerate(output.outputs):
+            alone = SamplingParams(temperature=1, max_tokens=14, seed=11 + i)
+            assert [completion.token_ids] == run(engine, [prompt], alone)
+            assert len(completion.logprobs) == 14
+        assert len(output.prompt_logprobs) == len(prompt)
+        assert len({tuple(completion.token_ids) for completion in output.outputs}) > 1
+
+
+def test_n_outputs_share_the_prompt(tiny):
+    with make(tiny("mha")) as llm:
+        llm.generate(list(range(64)), SamplingParams(n=4, max_tokens=2), use_tqdm=False)
+        stats = llm.engine.scheduler.stats
+        assert (stats.num_prompt_tokens, stats.num_cached_tokens) == (4 * 64, 3 * 48)
+
+
+def test_streams_of_n_outputs(tiny):
+    with make(tiny("mha")) as llm:
+        params = SamplingParams(temperature=1, max_tokens=10, seed=5, n=2, stop_token_ids=list(range(0, TINY_VOCAB, 9)))
+        final = llm.generate(PROMPTS, params, use_tqdm=False)
+        token_ids = [[[], []] for _ in PROMPTS]
+        ends = []
+        first_id = int(final[-1].request_id) + 1
+        for output in llm.stream(PROMPTS, params):
+            for completion in output.outputs:
+                token_ids[int(output.request_id) - first_id][completion.index] += completion.token_ids
+            ends += [output.request_id] * output.finished
+        assert token_ids == [[completion.token_ids for completion in output.outputs] for output in final]
+        assert sorted(ends) == sorted({str(first_id + i) for i in range(len(PROMPTS))})
+        assert {c.finish_reason for output in final for c in output.outputs} == {"stop", "length"}
+
+
+def test_abort_of_n_outputs(tiny):
+    with make(tiny("mha")) as llm:
+        engine = llm.engine
+        engine.add_request("a", [1, 2, 3], SamplingParams(n=3, max_tokens=30))
+        with pytest.raises(ValueError, match="request_id 'a' is in use"):
+            engine.add_request("a", [1], SamplingParams())
+        for _ in range(3):
+            engine.step()
+        (output,) = engine.abort_requests(["a", "a", "b"])
+        assert output.finished and [c.finish_reason for c in output.outputs] == ["abort"] * 3
+        assert not engine.has_request("a") and not engine.abort_requests(["a"])
+        while engine.has_unfinished_requests():
+            engine.step()
+        engine.scheduler.check_integrity()
+
+
+# ---- stop strings
+
+
+@pytest.fixture(scope="module")
+def story(embedded):
+    """(LLM, prompt, the text and tokens of a greedy continuation)"""
+    with LLM(embedded, device="cpu") as llm:
+        prompt = "Once upon a time, in a small village, there lived a"
+        output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=60), use_tqdm=False)[0].outputs[0]
+        assert len(output.text) > 150
+        yield llm, prompt, output
+
+
+def stops(text):
+    """Stop strings that are in the text: inside a token, across tokens, one that is the end of another, and decoys."""
+    yield [text[40:43]]
+    yield [text[50:75]]
+    yield [text[60:90], text[80:95], text[70:72] + "@"]
+    yield [text[30:50], text[44:50]]
+    yield ["@@", text[100:101]]
+
+
+def test_stop_strings(story):
+    llm, prompt, whole = story
+    for stop, include in itertools.product(stops(whole.text), (False, True)):
+        params = SamplingParams(temperature=0, max_tokens=60, stop=stop, include_stop_str_in_output=include)
+        # The output ends with the first token that completes a stop string; of several, the one that begins first.
+        texts = [llm.get_tokenizer().decode(whole.token_ids[: i + 1]) for i in range(60)]
+        length, text = next((i + 1, text) for i, text in enumerate(texts) if any(s in text for s in stop))
+        place, reason = min((text.find(s), s) for s in stop if s in text)
+        expected = text[: place + len(reason) if include else place]
+        output = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+        assert (output.text, output.finish_reason, output.stop_reason) == (expected, "stop", reason)
+        assert output.token_ids == whole.token_ids[:length]
+        shown = ""
+        for output in llm.stream(prompt, params):
+            shown += output.outputs[0].text
+            assert expected.startswith(shown), "what was shown cannot be taken back"
+        assert shown == expected and output.outputs[0].stop_reason == reason
+        llm.engine.scheduler.check_integrity()
+
+
+def test_stop_strings_wait_for_min_tokens(story):
+    llm, prompt, whole = story
+    early, texts = whole.text[10:13], [llm.get_tokenizer().decode(whole.token_ids[:i]) for i in range(61)]
+    length = next(i for i, text in enumerate(texts) if early in text)
+    for min_tokens in (length - 1, length):
+        params = SamplingParams(temperature=0, max_tokens=60, stop=early, min_tokens=min_tokens)
+        output = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+        assert (len(output.token_ids) == length) == (min_tokens < length)
+
+
+def test_a_stop_string_in_the_last_token(story):
+    """It counts although max_tokens ends the request too."""
+    llm, prompt, whole = story
+    texts = [llm.get_tokenizer().decode(whole.token_ids[:i]) for i in range(61)]
+    length = next(i for i in range(12, 60) if texts[i][-3:] not in texts[i][:-1])
+    stop = texts[length][-3:]
+    params = SamplingParams(temperature=0, max_tokens=length, stop=stop)
+    output = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+    assert (output.finish_reason, output.stop_reason, output.text) == ("stop", stop, texts[length][:-3])
+    cumulative = SamplingParams(temperature=0, max_tokens=8, stop="@" * 9, output_kind=RequestOutputKind.CUMULATIVE)
+    llm.engine.add_request("x", llm.get_tokenizer()(prompt).input_ids, cumulative)
+    seen = []
+    while llm.engine.has_unfinished_requests():
+        seen += [output.outputs[0].text for output in llm.engine.step()]
+    assert seen[-1] == llm.get_tokenizer().decode(whole.token_ids[:8])
+    assert [text for text in seen[:-1] if text] == [seen[-1][: len(text)] for text in seen[:-1] if text]
+
+
+def test_a_stop_token_is_no_part_of_the_text(story):
+    llm, prompt, whole = story
+    place = next(i for i in range(9, 60) if whole.token_ids[i] not in whole.token_ids[:i])
+    for include in (False, True):
+        params = SamplingParams(
+            temperature=0, max_tokens=60, stop_token_ids=[whole.token_ids[place]], include_stop_str_in_output=include
+        )
+        output = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+        assert output.token_ids == whole.token_ids[: place + 1] and output.stop_reason == whole.token_ids[place]
+        assert output.text == llm.get_tokenizer().decode(whole.token_ids[: place + include])
+
+
+def test_decoded_tokens(story):
+    llm, prompt, whole = story
+    output = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=5, logprobs=2), use_tqdm=False)[0]
+    for entry, token in zip(output.outputs[0].logprobs, whole.token_ids, strict=False):
+        assert entry[token].rank == 1 and len(entry) == 2
+        for other, found in entry.items():
+            assert found.decoded_token == llm.get_tokenizer().decode([other])
