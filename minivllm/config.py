@@ -29,6 +29,23 @@ NO_MEANING_HERE = {
 }
 
 
+# Types of RoPE: the fields each must have, and those it may have.
+ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+         "truncate"),
+    ),
+    "longrope": (
+        ("short_factor", "long_factor", "factor", "original_max_position_embeddings"), ("attention_factor",)
+    ),
+}  # fmt: skip
+
+
 def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raise ValueError for the names in `given` that are not in `known`, with the nearest known name."""
     known = list(known)
@@ -140,30 +157,59 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding.  `type` is "default" or "llama3" (the low/high frequency fields are llama3's)."""
+    """Rotary position embedding, by type; a field that a type does not know is None."""
 
     theta: float = 10000.0
     type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    max_position_embeddings: int = 2048  # the config's own figure, before any scaling
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None  # of the training before the context was extended
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    attention_factor: float | None = None  # on cosines and sines; None: the type's formula
+    short_factor: tuple[float, ...] | None = None  # one for each pair of dimensions
+    long_factor: tuple[float, ...] | None = None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> RopeConfig:
         """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         kind = rope.get("rope_type", rope.get("type", "default"))
-        theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-        if kind == "default":
-            return cls(theta=theta)
-        if kind != "llama3":
-            raise ValueError(f"RoPE type {kind!r} is not supported; supported: default, llama3")
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        missing = [name for name in names if name not in rope]
+        kind = "longrope" if kind == "su" else kind  # its name in early Phi-3 checkpoints
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError("RoPE settings that differ by layer are not supported")
+        if kind not in ROPE_FIELDS:
+            raise ValueError(f"RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}")
+        if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1, 1.0):
+            raise ValueError("partial_rotary_factor is not supported; only models that rotate whole heads are")
+        max_position_embeddings = hf.get("max_position_embeddings", 2048)
+        rope.setdefault("original_max_position_embeddings", hf.get("original_max_position_embeddings"))
+        if kind == "longrope" and rope["original_max_position_embeddings"]:
+            rope.setdefault("factor", max_position_embeddings / rope["original_max_position_embeddings"])
+        needed, optional = ROPE_FIELDS[kind]
+        missing = [name for name in needed if rope.get(name) is None]
         if missing:
-            raise ValueError(f"the config's llama3 RoPE settings lack {', '.join(missing)}")
-        return cls(theta=theta, type=kind, **{name: rope[name] for name in names})
+            raise ValueError(f"the config's {kind} RoPE settings lack {', '.join(missing)}")
+        values: dict[str, Any] = {name: rope.get(name) for name in (*needed, *optional)}
+        for name in ("short_factor", "long_factor"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
+        theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+        return cls(theta=theta, type=kind, max_position_embeddings=max_position_embeddings, **values)
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that the model is good for, as vLLM counts them."""
+        if self.type == "yarn":
+            return int((self.original_max_position_embeddings or self.max_position_embeddings) * (self.factor or 1))
+        if self.type in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * (self.factor or 1))
+        return self.max_position_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,15 +228,28 @@ class ModelConfig:
     rms_norm_eps: float
     rope: RopeConfig
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     mlp_bias: bool
     dtype: str  # what the checkpoint says it is
     eos_token_ids: tuple[int, ...]
+    qk_norm: bool = False  # RMSNorm on each head of Q and K, before RoPE
+    sliding_windows: tuple[int | None, ...] = ()  # of each layer, in tokens; empty: none
 
     @property
     def kv_elements_per_token(self) -> int:
         """K and V elements of one token, over all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """How many of the last tokens layer `layer` attends to; None: all."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+    @property
+    def longest_window(self) -> int | None:
+        """How many of the last tokens any layer attends to; None: all."""
+        windows = [window for window in self.sliding_windows if window is not None]
+        return max(windows) if windows and len(windows) == self.num_hidden_layers else None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -216,23 +275,38 @@ class ModelConfig:
             raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
         if not hf.get("head_dim") and hf["hidden_size"] % heads:
             raise ValueError(f"hidden_size ({hf['hidden_size']}) is no multiple of num_attention_heads ({heads})")
+        rope = RopeConfig.from_hf(hf)
         dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         return cls(
             architecture=architectures[0],
             **{name: hf[name] for name in needed},
             num_key_value_heads=kv_heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            max_position_embeddings=rope.num_positions,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope=RopeConfig.from_hf(hf),
+            rope=rope,
+            sliding_windows=_sliding_windows(hf),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            attention_bias=bool(hf.get("attention_bias", False)),
+            qkv_bias=bool(hf.get("attention_bias", False)),
+            o_bias=bool(hf.get("attention_bias", False)),
             mlp_bias=bool(hf.get("mlp_bias", False)),
             dtype=dtype if dtype in DTYPES else "bfloat16",
             eos_token_ids=tuple(
                 dict.fromkeys(_token_ids(hf) + _token_ids(generation_config or {}))  # without duplicates, in order
             ),
         )
+
+
+def _sliding_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Of each layer.  Qwen has a switch for it, and windows in its upper layers; Mistral has them in all."""
+    window, num_layers = hf.get("sliding_window"), hf["num_hidden_layers"]
+    if not window or not hf.get("use_sliding_window", True):
+        return ()
+    types = hf.get("layer_types")
+    if types is None:
+        first = hf.get("max_window_layers", 0)
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def _token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:

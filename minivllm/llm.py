@@ -63,8 +63,9 @@ class LLM:
             raise ValueError(f"load_format='safetensors' does not fit the model {model!r}; leave load_format out")
         files = resolve(model, tokenizer, revision, need_tokenizer=not skip_tokenizer_init, need_weights=not dummy)
         self.model = files.name
-        self.model_config = ModelConfig.from_hf(files.config, files.generation_config)
-        model_class(self.model_config.architecture)  # refuses what is not supported before anything is loaded
+        model_config = ModelConfig.from_hf(files.config, files.generation_config)
+        # Refuses what is not supported before anything is loaded.
+        self.model_config = model_class(model_config.architecture).adapt(model_config)
         self.config = config.resolve(self.model_config, device)
         self._generation_config = files.generation_config
         self._tokenizer = None

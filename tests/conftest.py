@@ -13,7 +13,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, so set before any is imported
 
-# Tiny LLaMA checkpoints, by name.  `shard`: as several safetensors files.
+# Tiny checkpoints, by name; `model_type`: "llama" unless given.  `shard`: as several safetensors files.
 TINY = {
     "mha": dict(num_key_value_heads=4),
     "gqa-tied": dict(num_key_value_heads=2, tie_word_embeddings=True),
@@ -30,6 +30,39 @@ TINY = {
             original_max_position_embeddings=32,
         ),
         shard="60KB",
+    ),
+    "linear-rope": dict(num_key_value_heads=2, rope_parameters=dict(rope_type="linear", rope_theta=50.0, factor=3.0)),
+    "yarn": dict(
+        num_key_value_heads=2,
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=80.0,
+            factor=5.0,
+            original_max_position_embeddings=40,
+            beta_fast=3,
+            beta_slow=0.5,
+        ),
+    ),
+    "mistral-window": dict(model_type="mistral", num_key_value_heads=2, sliding_window=21),
+    "mistral": dict(model_type="mistral", num_key_value_heads=1, sliding_window=None, tie_word_embeddings=True),
+    "qwen2-windows": dict(
+        model_type="qwen2", num_key_value_heads=2, use_sliding_window=True, sliding_window=18, max_window_layers=2
+    ),
+    "qwen3": dict(model_type="qwen3", num_key_value_heads=2, head_dim=24, initializer_range=0.8),
+    "phi3-longrope": dict(
+        model_type="phi3",
+        num_key_value_heads=2,
+        sliding_window=50,
+        pad_token_id=0,
+        original_max_position_embeddings=32,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=90.0,
+            original_max_position_embeddings=32,
+            # Equal, since Hugging Face goes from one to the other with the length of the sequence.
+            short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0],
+            long_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.0, 4.0],
+        ),
     ),
 }
 TINY_VOCAB = 157
@@ -65,12 +98,12 @@ def embedded():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """tiny(name): the folder of a random float32 checkpoint out of TINY, without tokenizer or end-of-sequence."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     @functools.cache
     def make(name):
         options = dict(TINY[name])
-        shard = options.pop("shard", "1GB")
+        shard, model_type = options.pop("shard", "1GB"), options.pop("model_type", "llama")
         torch.manual_seed(list(TINY).index(name))
         settings = dict(
             vocab_size=TINY_VOCAB,
@@ -85,7 +118,7 @@ def tiny(tmp_path_factory):
             eos_token_id=None,
             dtype="float32",
         )
-        model = LlamaForCausalLM(LlamaConfig(**settings | options))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings | options))
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or "bias" in parameter_name:  # else all ones, all zeros
                 torch.nn.init.normal_(parameter, float("norm" in parameter_name), 0.3)

@@ -46,13 +46,15 @@ def paged(seq_lens, kv_heads, head_dim, block_size, dtype, *, num_columns=None, 
     return k, v, tables, keys, values
 
 
-def reference(q, keys, values, scale):
-    """Causal attention of the last queries of a sequence in float64.  q: [queries, heads, head_dim]."""
+def reference(q, keys, values, scale, window=None):
+    """Causal attention of the last queries of a sequence in float64, each to the last `window` tokens.  q: [queries,
+    heads, head_dim]."""
     group = q.shape[1] // keys.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
     n_q, n_k = q.shape[0], keys.shape[0]
     mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+    mask = mask if window is None else mask.triu(n_k - n_q - window + 1)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
 
 
@@ -100,6 +102,37 @@ def test_decode_splits(seq_lens, layout):
         torch.testing.assert_close(out[i].double(), ref.double(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@pytest.mark.parametrize("window", [1, 5, 64, 65, 130, 1000])
+def test_decode_window(window, block_size):
+    """Blocks before the window are not looked at: their entries in the block table lead nowhere."""
+    seq_lens = [1, 5, 64, 129, 300, 0, 700]
+    k, v, tables, keys, values = paged(seq_lens, 2, 32, block_size, torch.float32, num_columns=50)
+    for row, n in enumerate(seq_lens):
+        tables[row, : max(0, n - window) // block_size] = 1 << 30
+    q = torch.randn(len(seq_lens), 4, 32, device=DEVICE)
+    out = torch.full_like(q, float("nan"))
+    plan = kernels.plan_paged_decode(q, k, tables, int32(seq_lens), window)
+    kernels.paged_attention_decode(q, k, v, tables, int32(seq_lens), 0.3, plan, out)
+    for i, n in enumerate(seq_lens):
+        ref = reference(q[i : i + 1], keys[i], values[i], 0.3, window)[0] if n else torch.zeros_like(out[i])
+        torch.testing.assert_close(out[i].double(), ref.double(), atol=1e-5, rtol=1e-4)
+
+
+def test_decode_rows_that_are_none():
+    """A length of −1: the row's output is left alone; a step of such rows only does nothing."""
+    k, v, tables, keys, values = paged([70, 1, 200], 2, 32, 64, torch.float32, num_columns=4)
+    q = torch.randn(3, 4, 32, device=DEVICE)
+    for seq_lens in ([70, -1, 200], [-1, -1, -1]):
+        out = torch.full_like(q, 7.0)
+        kernels.paged_attention_decode(q, k, v, tables, int32(seq_lens), 0.3, out=out)
+        for i, n in enumerate(seq_lens):
+            ref = (
+                torch.full_like(out[i], 7.0).double() if n < 0 else reference(q[i : i + 1], keys[i], values[i], 0.3)[0]
+            )
+            torch.testing.assert_close(out[i].double(), ref, atol=1e-5, rtol=1e-4)
+
+
 def test_decode_last_column():
     """A sequence that fills every column of its block table, the last block to the last token."""
     k, v, tables, keys, values = paged([256], 1, 64, 64, torch.float32, num_columns=4)
@@ -131,20 +164,42 @@ def test_prefill(heads, kv_heads, head_dim, block_size, dtype):
         assert error(out[starts[i] : starts[i + 1]], ref) < TOLERANCE[dtype], PREFILL[i - 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [1, 17, 64, 100, 1000])
+def test_prefill_window(window, dtype):
+    """float16 takes tiles by descriptor, float32 by pointers."""
+    queries, seq_lens = [1, *(n for n, _ in PREFILL)], [9, *(n for _, n in PREFILL)]
+    k, v, tables, keys, values = paged(seq_lens, 1, 64, 64, dtype)
+    starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
+    q = torch.randn(starts[-1], 2, 64, dtype=dtype, device=DEVICE)
+    tiles = torch.from_numpy(query_tiles(int32(queries).cpu().numpy(), 1)).to(DEVICE)
+    out = torch.full_like(q, float("nan"))
+    kernels.paged_attention_prefill(q, k, v, tables, int32(seq_lens), int32(starts), tiles, 0.11, out, window)
+    for i in range(1, len(queries)):
+        ref = reference(q[starts[i] : starts[i + 1]], keys[i], values[i], 0.11, window)
+        assert error(out[starts[i] : starts[i + 1]], ref) < TOLERANCE[dtype], PREFILL[i - 1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 2, 64), (3, 1, 80), (32, 32, 128)])
-def test_rope_and_store_kv(heads, kv_heads, head_dim, dtype):
-    """Against the torch backend; a slot of −1 writes nothing, and all other slots keep what they had."""
+def test_rope_and_store_kv(heads, kv_heads, head_dim, qk_norm, dtype):
+    """Against the torch backend; a slot of −1 writes nothing, all other slots keep what they had, and V gets finite."""
     tokens, block_size = 5, 16
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=DEVICE)
+    qkv[2, -1], qkv[3, -2] = float("nan"), float("-inf")
     cos_sin = torch.randn(40, head_dim, device=DEVICE)
+    norms = tuple(torch.randn(head_dim, device=DEVICE).to(dtype) for _ in range(2))
+    norms = (*norms, 1e-5) if qk_norm else None
     positions, slots = int32([0, 39, 7, 7, 0]), torch.tensor([3, 40, 17, 0, -1], device=DEVICE)
     caches = [torch.randn(4, block_size, kv_heads, head_dim, device=DEVICE).to(dtype) for _ in range(2)]
     expected = [c.clone() for c in caches]
     batch = ForwardBatch(positions, positions, slots, positions, positions, 0)
-    ref_q = TorchBackend().rotate_and_store(qkv.clone(), cos_sin, heads, tuple(expected), batch)
-    q = kernels.rope_and_store_kv(qkv, positions, cos_sin, *caches, slots, heads)
-    assert error(q, ref_q) < TOLERANCE[dtype]
+    ref_q = TorchBackend().rotate_and_store(qkv.clone(), cos_sin, heads, tuple(expected), batch, norms)
+    q = kernels.rope_and_store_kv(qkv, positions, cos_sin, *caches, slots, heads, norms)
+    assert error(q, ref_q) < TOLERANCE[dtype] and caches[1].isfinite().all()
+    for cache in (*caches, *expected):  # what the infinite became is a backend's own affair
+        cache[1, 1, -1, -1] = cache[0, 0, -1, -2] = 0
     for cache, ref in zip(caches, expected, strict=True):
         torch.testing.assert_close(cache, ref, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 

@@ -300,7 +300,7 @@ def test_wrong_arguments(tiny, arguments, message):
     [
         (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
         (dict(architectures=None), "(none)"),
-        (dict(rope_parameters=dict(rope_type="yarn", factor=2.0)), "RoPE type 'yarn' is not supported"),
+        (dict(rope_parameters=dict(rope_type="mrope", factor=2.0)), "RoPE type 'mrope' is not supported"),
         (dict(rope_parameters=dict(rope_type="llama3", factor=2.0)), "llama3 RoPE settings lack low_freq_factor"),
         (dict(quantization_config=dict(quant_method="awq")), "quantized with 'awq' are not supported"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
@@ -786,7 +786,7 @@ def test_attention_is_softmax_of_scaled_products(heads, kv_heads, head_dim):
         dict(vocab_size=9, hidden_size=hidden, intermediate_size=9, num_hidden_layers=1, **shape)
     )
     device = torch.device("cpu")
-    layer = Attention(config, make_backend("torch"), torch.float32, device)
+    layer = Attention(config, 0, make_backend("torch"), torch.float32, device)
     weights = {name: view.normal_(0, 0.3) for part in (layer.qkv_proj, layer.o_proj)
                for name, view in part.targets("o_proj" if part is layer.o_proj else "x.qkv").items()}  # fmt: skip
     cos_sin = rope_table(config.rope, head_dim, 64, device)

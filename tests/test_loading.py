@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minivllm.config import ModelConfig
+from minivllm.layers import rope_table
 from minivllm.loading import (
     GGUFSource,
     SafetensorsSource,
@@ -341,6 +343,114 @@ def test_gguf_config(tmp_path):
         "eos_token_id": [2, 3],
         "pad_token_id": None,
     }
+
+
+FACTORS = [1.0, 1.5, 2.0, 3.0]
+YARN = dict(rope_type="yarn", factor=4.0)
+
+
+@pytest.mark.parametrize(
+    ("rope", "num_positions", "hf_length"),
+    [
+        (dict(rope_type="default"), 64, None),
+        (dict(rope_type="linear", factor=3.0), 3 * 64, None),
+        (dict(rope_type="dynamic", factor=2.5), 160, 160),
+        (dict(YARN), 4 * 64, None),
+        (dict(YARN, original_max_position_embeddings=32, beta_fast=2.0, beta_slow=0.1), 4 * 32, None),
+        (dict(YARN, original_max_position_embeddings=32, truncate=False, attention_factor=0.7), 4 * 32, None),
+        (dict(YARN, mscale=0.8, mscale_all_dim=1.3, beta_fast=1.0, beta_slow=1.0), 4 * 64, None),
+        (dict(rope_type="longrope", short_factor=FACTORS, long_factor=FACTORS[::-1]), 16, 16),
+        (dict(rope_type="longrope", short_factor=FACTORS, long_factor=FACTORS[::-1]), 64, 64),
+        (dict(rope_type="longrope", short_factor=FACTORS, long_factor=FACTORS[::-1], attention_factor=1.2), 64, 64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("written_by", [4, 5])
+def test_rope_tables(rope, num_positions, hf_length, written_by):
+    """Of every type, for configs as transformers 4 and 5 write them; those that hang on the length at its longest."""
+    from transformers import LlamaConfig, Phi3Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    shape = dict(vocab_size=9, hidden_size=16, intermediate_size=9, num_hidden_layers=1, num_attention_heads=2)
+    shape |= dict(max_position_embeddings=64)
+    if rope["rope_type"] == "longrope":
+        shape |= dict(original_max_position_embeddings=16)
+    if written_by == 5:
+        hf = shape | dict(rope_parameters=rope | dict(rope_theta=100.0))
+    else:
+        hf = shape | dict(rope_theta=100.0, rope_scaling=rope)
+    config = ModelConfig.from_hf(hf)
+    longest = 64 if rope["rope_type"] == "longrope" else num_positions
+    assert config.max_position_embeddings == longest
+    table = rope_table(config.rope, 8, num_positions, torch.device("cpu"))
+    config_class = Phi3Config if rope["rope_type"] == "longrope" else LlamaConfig
+    reference = config_class(**shape, pad_token_id=0, rope_parameters=rope | dict(rope_theta=100.0))
+    if rope["rope_type"] == "default":
+        frequencies, scale = 100.0 ** -(torch.arange(0, 8, 2) / 8), 1.0
+    else:
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](reference, "cpu", seq_len=hf_length)
+    angles = torch.outer(torch.arange(num_positions).float(), frequencies)
+    torch.testing.assert_close(table, torch.cat([angles.cos(), angles.sin()], -1) * scale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rope_scaling=dict(type="mrope")), "RoPE type 'mrope' is not supported; supported: default, linear"),
+        (dict(rope_scaling=dict(type="linear")), "linear RoPE settings lack factor"),
+        (
+            dict(rope_scaling=dict(rope_type="longrope", short_factor=[1], long_factor=[1])),
+            "longrope RoPE settings lack",
+        ),
+        (dict(partial_rotary_factor=0.75), "partial_rotary_factor"),
+        (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "RoPE settings that differ by layer"),
+    ],
+    ids=str,
+)
+def test_rope_settings_that_would_run_wrongly(change, message):
+    shape = dict(vocab_size=9, hidden_size=16, intermediate_size=9, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(shape | change)
+
+
+@pytest.mark.parametrize("name", ["qwen2-windows", "qwen3"])
+def test_gguf_of_qwen(tiny, tmp_path, name):
+    """The same tokens as from the checkpoint that the file was written from; Q and K are not permuted."""
+    import gguf
+
+    from minivllm import LLM, SamplingParams
+
+    config = json.loads((Path(tiny(name)) / "config.json").read_text())
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", config["model_type"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    names = {**GGUF_NAMES, "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+    for full_name, tensor in load_file(Path(tiny(name)) / "model.safetensors").items():
+        module, kind = full_name.rsplit(".", 1)
+        layer = ""
+        if module.startswith("model.layers."):
+            _, _, number, module = module.split(".", 3)
+            layer = f"blk.{number}."
+        writer.add_tensor(f"{layer}{names[module]}.{kind}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokens = []
+    params = SamplingParams(temperature=0, max_tokens=8)  # short enough for the windows, which the format does not have
+    for model in (tiny(name), str(tmp_path / "model.gguf")):
+        with LLM(model, skip_tokenizer_init=True, device="cpu", dtype="float32") as llm:
+            tokens.append([o.outputs[0].token_ids for o in llm.generate([[5, 6, 7], [9] * 5], params, use_tqdm=False)])
+    assert tokens[0] == tokens[1]
 
 
 def test_gguf_rope_scaling(tmp_path):

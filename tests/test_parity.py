@@ -69,7 +69,8 @@ def run(folder, prompts, num_tokens, cache, budget, memory, order, schedule):
         outputs = [output for batch in batches for output in llm.generate(batch, params, use_tqdm=False)]
         scheduler = llm.engine.scheduler
         scheduler.check_integrity()
-        assert (scheduler.stats.num_preemptions > 0) == (memory == "scarce" and order == "together")
+        if scheduler.window is None:  # with one, blocks become free before a request ends
+            assert (scheduler.stats.num_preemptions > 0) == (memory == "scarce" and order == "together")
         assert (scheduler.stats.num_cached_tokens > 0) == (cache == "cache")
     return [output.outputs[0].token_ids for output in outputs]
 

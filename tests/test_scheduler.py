@@ -326,6 +326,20 @@ def test_recover_loses_no_request():
     assert all(request.output_token_ids == [7, 7, 7, 7] for request in requests)
 
 
+def test_blocks_before_the_window_are_freed():
+    """A request of 60 tokens under a window of 9 never holds more than the blocks the window touches."""
+    scheduler = make_scheduler(num_blocks=16, block_size=4, budget=64)
+    scheduler.window = 9
+    request = add(scheduler, "a", [1, 2, 3], max_tokens=57)
+    most = 0
+    while scheduler.requests:
+        step(scheduler, 5)
+        most = max(most, 16 - scheduler.block_manager.num_free_blocks)
+        scheduler.check_integrity()
+    assert len(request.output_token_ids) == 57 and most == 3
+    assert scheduler.block_manager.num_free_blocks == 16
+
+
 # ---- fuzz
 
 NUM_WORKLOADS = 30_000
@@ -363,6 +377,7 @@ class FakeRunner:
     def __init__(self, scheduler):
         self.block_size = scheduler.block_manager.block_size
         self.max_num_batched_tokens = scheduler.max_num_batched_tokens
+        self.window = scheduler.window or 1 << 30
         self.cache = [None] * (scheduler.block_manager.num_blocks * self.block_size)
         self.tables = [[0] * 64 for _ in range(scheduler.max_num_seqs)]
         self.prefixes = [[] for _ in range(scheduler.max_num_seqs)]  # hash of each prefix of the slot's tokens
@@ -395,8 +410,9 @@ class FakeRunner:
             for p in range(begin, begin + count):
                 self.cache[places[p]] = prefixes[p]
             rows.append((prefixes, places))
-        for prefixes, places in rows:  # all have written
-            assert [self.cache[place] for place in places] == prefixes[: len(places)], "K and V of another request"
+        for begin, (prefixes, places) in zip(batch.num_computed, rows, strict=True):  # all have written
+            seen = range(max(0, begin - self.window + 1), len(places))
+            assert all(self.cache[places[p]] == prefixes[p] for p in seen), "K and V of another request"
         assert batch.sampled_rows == [i for i, (prefixes, places) in enumerate(rows) if len(places) == len(prefixes)]
         tokens = []
         for i in batch.sampled_rows:
@@ -424,6 +440,7 @@ def random_workload(draw):
     scheduler = make_scheduler(
         num_blocks, block_size, max_num_seqs, max_num_seqs + draw.choice([0, 1, 3, 30]), eos, draw.random() < 0.8
     )
+    scheduler.window = draw.choice([None, None, 1, 2, 3, 7])
     return scheduler, requests
 
 

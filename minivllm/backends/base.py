@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 KVCache = tuple[torch.Tensor, torch.Tensor]  # K and V of one layer, each [blocks, block_size, K, D]
 
+QKNorm = tuple[torch.Tensor, torch.Tensor, float]  # the weights for heads of Q and of K, each [D]; epsilon
+
 
 class Backend(ABC):
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
@@ -41,15 +43,23 @@ class Backend(ABC):
 
     @abstractmethod
     def rotate_and_store(
-        self, qkv: torch.Tensor, cos_sin: torch.Tensor, num_heads: int, kv_cache: KVCache, batch: ForwardBatch
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        num_heads: int,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+        qk_norm: QKNorm | None = None,
     ) -> torch.Tensor:
-        """Rotate Q and K by position, write K and V to the cache.  qkv: [T, (H + 2K) · D], changed in place;
-        cos_sin: [positions, D] float32.  Returns Q: [T, H, D]."""
+        """Rotate Q and K by position, after RMSNorm on each head if `qk_norm` is given, and write K and V to the cache.
+        qkv: [T, (H + 2K) · D], changed in place; cos_sin: [positions, D] float32.  Returns Q: [T, H, D]."""
 
     @abstractmethod
-    def attention(self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float) -> torch.Tensor:
-        """Causal softmax(scale · q Kᵀ) V over each row's cached keys.  The only place the scale is applied.
-        q: [T, H, D].  Returns [T, H, D]."""
+    def attention(
+        self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float, window: int | None = None
+    ) -> torch.Tensor:
+        """Causal softmax(scale · q Kᵀ) V over each row's cached keys, or the last `window` of them, the query's own
+        included.  The only place the scale is applied.  q: [T, H, D].  Returns [T, H, D]."""
 
     @abstractmethod
     def sample(

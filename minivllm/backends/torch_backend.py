@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from minivllm.backends.base import Backend, KVCache
+from minivllm.backends.base import Backend, KVCache, QKNorm
 from minivllm.runner.forward_batch import ForwardBatch
 
 
@@ -20,7 +20,7 @@ class TorchPlan:
     signed_sin: torch.Tensor  # [T, 1, D] float32: −sin, sin
     stored: torch.Tensor | slice  # the tokens whose K and V are kept: all but padding
     slots: torch.Tensor  # where
-    decode_groups: list[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]  # rows, block tables, mask
+    decode_groups: dict[int | None, list[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]]  # by window
 
 
 class TorchBackend(Backend):
@@ -50,13 +50,24 @@ class TorchBackend(Backend):
         return F.silu(gate) * up
 
     def rotate_and_store(
-        self, qkv: torch.Tensor, cos_sin: torch.Tensor, num_heads: int, kv_cache: KVCache, batch: ForwardBatch
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        num_heads: int,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+        qk_norm: QKNorm | None = None,
     ) -> torch.Tensor:
         k_cache, v_cache = kv_cache
         _, _, kv_heads, head_dim = k_cache.shape
-        plan = self._plan(batch, cos_sin, k_cache.shape[1])
+        plan = self._plan(batch, cos_sin)
         heads = qkv.reshape(qkv.shape[0], num_heads + 2 * kv_heads, head_dim)
-        x = heads[:, : num_heads + kv_heads].float()
+        x = heads[:, : num_heads + kv_heads]
+        if qk_norm is not None:
+            q_weight, k_weight, eps = qk_norm
+            q, k = x.split([num_heads, kv_heads], 1)
+            x = torch.cat([self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)], 1)
+        x = x.float()
         swapped = torch.cat([x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1)
         rotated = torch.addcmul(x * plan.cos, swapped, plan.signed_sin).to(qkv.dtype)
         k, v = rotated[plan.stored, num_heads:], heads[plan.stored, num_heads + kv_heads :]
@@ -65,14 +76,19 @@ class TorchBackend(Backend):
         v_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, v.nan_to_num())
         return rotated[:, :num_heads]
 
-    def attention(self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float, window: int | None = None
+    ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for rows, tables, mask in batch.plan.decode_groups:
+        groups = batch.plan.decode_groups
+        if window not in groups:
+            groups[window] = list(_decode_groups(batch, kv_cache[0].shape[1], window))
+        for rows, tables, mask in groups[window]:
             out[rows] = self._decode(q[rows], kv_cache, tables, mask, scale)
         for row in range(batch.num_decodes, len(batch.host_seq_lens)):
             begin, end = batch.host_query_start_loc[row], batch.host_query_start_loc[row + 1]
             out[begin:end] = self._prefill(
-                q[begin:end], kv_cache, batch.block_tables[row], batch.host_seq_lens[row], scale
+                q[begin:end], kv_cache, batch.block_tables[row], batch.host_seq_lens[row], scale, window
             )
         return out
 
@@ -90,7 +106,13 @@ class TorchBackend(Backend):
         return out.reshape(rows, num_heads, head_dim)
 
     def _prefill(
-        self, q: torch.Tensor, kv_cache: KVCache, block_table: torch.Tensor, seq_len: int, scale: float
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        block_table: torch.Tensor,
+        seq_len: int,
+        scale: float,
+        window: int | None,
     ) -> torch.Tensor:
         """One row.  q: [queries, H, D], the last of seq_len tokens."""
         num_queries = q.shape[0]
@@ -100,14 +122,16 @@ class TorchBackend(Backend):
             c.index_select(0, blocks).view(1, -1, kv_heads, head_dim)[:, :seq_len].transpose(1, 2) for c in kv_cache
         )
         mask = None
-        if num_queries < seq_len:
+        if num_queries < seq_len or (window is not None and window < seq_len):
             mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q.device).tril(seq_len - num_queries)
+            if window is not None:
+                mask = mask.triu(seq_len - num_queries - window + 1)
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
 
-    def _plan(self, batch: ForwardBatch, cos_sin: torch.Tensor, block_size: int) -> TorchPlan:
+    def _plan(self, batch: ForwardBatch, cos_sin: torch.Tensor) -> TorchPlan:
         if batch.plan is None:
             cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, -1)  # [T, 1, D / 2] each
             is_stored = batch.slot_mapping >= 0
@@ -117,7 +141,7 @@ class TorchBackend(Backend):
                 torch.cat([-sin, sin], -1),
                 stored,
                 batch.slot_mapping[stored],
-                list(_decode_groups(batch, block_size)),
+                {},
             )
         return batch.plan
 
@@ -142,7 +166,7 @@ class TorchBackend(Backend):
 
 
 def _decode_groups(
-    batch: ForwardBatch, block_size: int
+    batch: ForwardBatch, block_size: int, window: int | None
 ) -> Iterator[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]:
     """The decode rows in groups of similar length, so that padding each to its longest costs little.
 
@@ -156,7 +180,10 @@ def _decode_groups(
         rows = slice(0, batch.num_decodes) if len(groups) == 1 else torch.tensor(members, device=device)
         columns = max(1, *(-(-batch.host_seq_lens[row] // block_size) for row in members))
         seq_lens = batch.seq_lens[rows].clamp(min=1)  # a padded row sees one key, not none
-        mask = torch.arange(columns * block_size, device=device)[None, :] < seq_lens[:, None]
+        tokens = torch.arange(columns * block_size, device=device)[None, :]
+        mask = tokens < seq_lens[:, None]
+        if window is not None:
+            mask &= tokens >= seq_lens[:, None] - window
         yield rows, batch.block_tables[rows, :columns], mask[:, None, None, :]
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minivllm import kernels
-from minivllm.backends.base import Backend, KVCache
+from minivllm.backends.base import Backend, KVCache, QKNorm
 from minivllm.runner.forward_batch import ForwardBatch
 
 
@@ -33,24 +33,37 @@ class TritonBackend(Backend):
         return kernels.silu_and_mul(gate_up)
 
     def rotate_and_store(
-        self, qkv: torch.Tensor, cos_sin: torch.Tensor, num_heads: int, kv_cache: KVCache, batch: ForwardBatch
+        self,
+        qkv: torch.Tensor,
+        cos_sin: torch.Tensor,
+        num_heads: int,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+        qk_norm: QKNorm | None = None,
     ) -> torch.Tensor:
-        return kernels.rope_and_store_kv(qkv, batch.positions, cos_sin, *kv_cache, batch.slot_mapping, num_heads)
+        return kernels.rope_and_store_kv(
+            qkv, batch.positions, cos_sin, *kv_cache, batch.slot_mapping, num_heads, qk_norm
+        )
 
-    def attention(self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float) -> torch.Tensor:
+    def attention(
+        self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float, window: int | None = None
+    ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         n = batch.num_decodes
         if n:
             tables = batch.block_tables[:n]
             seq_lens = batch.seq_lens[:n] if batch.decode_seq_lens is None else batch.decode_seq_lens
-            if batch.plan is None:  # the first layer plans for all
-                batch.plan = kernels.plan_paged_decode(q[:n], kv_cache[0], tables, seq_lens)
-            kernels.paged_attention_decode(q[:n], *kv_cache, tables, seq_lens, scale, batch.plan, out[:n])
+            if batch.plan is None:
+                batch.plan = {}
+            if window not in batch.plan:  # the first layer plans for all of its kind
+                batch.plan[window] = kernels.plan_paged_decode(q[:n], kv_cache[0], tables, seq_lens, window)
+            kernels.paged_attention_decode(q[:n], *kv_cache, tables, seq_lens, scale, batch.plan[window], out[:n])
         if batch.query_tiles is not None:
             assert batch.query_start_loc is not None
             kernels.paged_attention_prefill(
-                q, *kv_cache, batch.block_tables, batch.seq_lens, batch.query_start_loc, batch.query_tiles, scale, out
-            )
+                q, *kv_cache, batch.block_tables, batch.seq_lens, batch.query_start_loc, batch.query_tiles, scale, out,
+                window,
+            )  # fmt: skip
         return out
 
     def sample(

@@ -81,15 +81,17 @@ class BlockManager:
 
     def free(self, request: Request) -> None:
         """Drop the request's references.  The end of a sequence is evicted before its start."""
-        for block in reversed(request.block_ids):
-            self.ref_counts[block] -= 1
-            if self.ref_counts[block] == 0:
-                if self._hash_of[block] is None:
-                    self._free.append(block)
-                else:
-                    self._evictable[block] = None
+        self._release(request.block_ids[request.num_dropped_blocks :])
         request.block_ids = []
-        request.num_published_blocks = 0
+        request.num_published_blocks = request.num_dropped_blocks = 0
+
+    def drop(self, request: Request, num_tokens: int) -> None:
+        """Drop the references to the blocks that lie wholly in the first `num_tokens` tokens, which no layer will look
+        at again.  They keep their places in `block_ids`."""
+        num_blocks = num_tokens // self.block_size
+        if num_blocks > request.num_dropped_blocks:
+            self._release(request.block_ids[request.num_dropped_blocks : num_blocks])
+            request.num_dropped_blocks = num_blocks
 
     def publish(self, request: Request) -> None:
         """Enter the request's full blocks, of known tokens and computed, into the prefix cache."""
@@ -99,7 +101,7 @@ class BlockManager:
         if num_full <= request.num_published_blocks:
             return
         hashes = self._hashes(request, num_full)
-        for i in range(request.num_published_blocks, num_full):
+        for i in range(max(request.num_published_blocks, request.num_dropped_blocks), num_full):
             block = request.block_ids[i]
             if hashes[i] not in self._block_of:  # else another block holds the same prefix already
                 self._block_of[hashes[i]] = block
@@ -115,7 +117,7 @@ class BlockManager:
 
     def check_integrity(self, requests: Iterable[Request]) -> None:
         """Raise AssertionError if the books do not agree with each other and with the running `requests`."""
-        used = Counter(block for request in requests for block in request.block_ids)
+        used = Counter(block for request in requests for block in request.block_ids[request.num_dropped_blocks :])
         assert [used[block] for block in range(self.num_blocks)] == self.ref_counts, "reference counts are off"
         free = [*self._free, *self._evictable]
         assert len(free) == len(set(free)), "a block is free twice"
@@ -125,6 +127,15 @@ class BlockManager:
         assert all(self._hash_of[b] is None for b in self._free) and all(self._hash_of[b] for b in self._evictable)
         published = {h: block for block, h in enumerate(self._hash_of) if h is not None}
         assert published == self._block_of, "the prefix cache names wrong blocks"
+
+    def _release(self, block_ids: list[int]) -> None:
+        for block in reversed(block_ids):
+            self.ref_counts[block] -= 1
+            if self.ref_counts[block] == 0:
+                if self._hash_of[block] is None:
+                    self._free.append(block)
+                else:
+                    self._evictable[block] = None
 
     def _append(self, request: Request, num_new: int) -> None:
         for _ in range(num_new):

@@ -58,6 +58,7 @@ class Engine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             eos_token_ids,
+            model_config.longest_window,
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()

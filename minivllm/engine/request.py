@@ -26,6 +26,7 @@ class Request:
         "num_admitted_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_dropped_blocks",
         "num_in_flight",
         "num_prompt_tokens",
         "num_published_blocks",
@@ -63,6 +64,7 @@ class Request:
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []  # of its full blocks of known tokens, as far as computed
         self.num_published_blocks = 0
+        self.num_dropped_blocks = 0  # at the start of block_ids: no longer its own, and never read again
         self.bad_word_ids = bad_word_ids or []
         self.logprobs: list[TokenLogprobs] = []  # of the output tokens, if asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on, if asked for

@@ -36,12 +36,19 @@ class SchedulerStats:
 
 class Scheduler:
     def __init__(
-        self, block_manager: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids: Iterable[int]
+        self,
+        block_manager: BlockManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: Iterable[int],
+        window: int | None = None,
     ) -> None:
+        """`window`: no layer attends to more than so many of the last tokens."""
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.window = window
         self.requests: dict[str, Request] = {}  # unfinished ones, by id
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
@@ -82,6 +89,8 @@ class Scheduler:
             num_new = min(request.num_tokens - request.num_computed_tokens, budget)
             if num_new <= 0 or request.num_tokens >= request.max_num_tokens:
                 continue  # its last token is in flight
+            if self.window is not None:
+                self.block_manager.drop(request, request.num_computed_tokens - self.window + 1)
             column = len(request.block_ids)
             while (blocks := self.block_manager.grow(request, request.num_computed_tokens + num_new)) is None:
                 preempted = True

@@ -31,12 +31,13 @@ from minivllm.kernels.device import launch_options, num_buffers, num_multiproces
 TILE = 64  # tokens
 WORKERS_PER_MULTIPROCESSOR = 2
 NUM_WARPS = 4
+NO_WINDOW = 1 << 30
 LOG2E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "window"])
 def _plan_kernel(
-    seq_lens, block_tables, tiles, total, num_rows, stride_bt,
+    seq_lens, block_tables, tiles, total, num_rows, window, stride_bt,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """List the tiles of one row."""
@@ -44,26 +45,33 @@ def _plan_kernel(
     row = tl.program_id(0)
     rows = tl.arange(0, ROWS)
     lens = tl.load(seq_lens + rows, rows < num_rows, -1)
+    skipped = tl.maximum(lens - window, 0) // TILE  # tiles before the window
     # An empty row has one tile, all masked, so that its output is written; a row of length −1 has none.
-    counts = tl.where(lens < 0, 0, tl.maximum(tl.cdiv(lens, TILE), 1))
+    counts = tl.where(lens < 0, 0, tl.maximum(tl.cdiv(lens, TILE) - skipped, 1))
     first = tl.sum(tl.where(rows < row, counts, 0), 0)
     count = tl.sum(tl.where(rows == row, counts, 0), 0)
     seq_len = tl.sum(tl.where(rows == row, lens, 0), 0)
+    begin = tl.sum(tl.where(rows == row, skipped, 0), 0)
     if row == 0:
         tl.store(total, tl.sum(counts, 0))
     for start in range(0, count, CHUNK):
         t = start + tl.arange(0, CHUNK)
-        block = tl.load(block_tables + row.to(tl.int64) * stride_bt + t * TILE // BLOCK_SIZE, t < count, 0)
+        token = (begin + t) * TILE
+        if BLOCK_SIZE % TILE == 0:  # a tile lies in one block: its place in the cache
+            block = tl.load(block_tables + row.to(tl.int64) * stride_bt + token // BLOCK_SIZE, t < count, 0)
+            place = block * BLOCK_SIZE + token % BLOCK_SIZE
+        else:
+            place = token
         tile = tiles + (first + t) * 4
         tl.store(tile, row + tl.zeros_like(t), t < count)
         tl.store(tile + 1, t, t < count)
-        tl.store(tile + 2, block, t < count)
-        tl.store(tile + 3, seq_len - t * TILE, t < count)
+        tl.store(tile + 2, place, t < count)
+        tl.store(tile + 3, seq_len - token, t < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
-    q, k_cache, v_cache, out, block_tables, tiles, total, partial, partial_ml, scale_log2e,
+    q, k_cache, v_cache, out, block_tables, tiles, total, partial, partial_ml, scale_log2e, window,
     stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bt,
     stride_ot, stride_oh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -92,18 +100,19 @@ def _decode_kernel(
     for j in tl.range(0, count, num_stages=STAGES):
         row = tl.load(tiles + i * 4).to(tl.int64)
         t = tl.load(tiles + i * 4 + 1)
-        block = tl.load(tiles + i * 4 + 2)
+        place = tl.load(tiles + i * 4 + 2)
         left = tl.load(tiles + i * 4 + 3)  # tokens from this tile on
         q_heads = head * GROUP + offs_m
         q_tile = tl.load(q + row * stride_qt + q_heads[:, None] * stride_qh + offs_d[None, :], mask_md, 0.0)
-        valid = offs_n < left
+        valid = (offs_n < left) & (offs_n >= left - window)
         mask = valid[:, None] & mask_d[None, :]
         if BLOCK_SIZE % TILE == 0:  # a tile lies in one block
-            first = t * TILE % BLOCK_SIZE
-            k_ptrs = k_cache + (block.to(tl.int64) * stride_kb + first * stride_kt + head * stride_kh) + k_offs
-            v_ptrs = v_cache + (block.to(tl.int64) * stride_vb + first * stride_vt + head * stride_vh) + v_offs
+            block = (place // BLOCK_SIZE).to(tl.int64)
+            first = place % BLOCK_SIZE
+            k_ptrs = k_cache + (block * stride_kb + first * stride_kt + head * stride_kh) + k_offs
+            v_ptrs = v_cache + (block * stride_vb + first * stride_vt + head * stride_vh) + v_offs
         else:
-            tokens = t * TILE + offs_n
+            tokens = place + offs_n
             blocks = tl.load(block_tables + row * stride_bt + tokens // BLOCK_SIZE, valid, 0).to(tl.int64)
             k_rows = blocks * stride_kb + tokens % BLOCK_SIZE * stride_kt + head * stride_kh
             v_rows = blocks * stride_vb + tokens % BLOCK_SIZE * stride_vt + head * stride_vh
@@ -127,10 +136,10 @@ def _decode_kernel(
             o = out + row * stride_ot + q_heads[:, None] * stride_oh + offs_d[None, :]
             tl.store(o, result.to(out.dtype.element_ty), mask_md)
         elif (left <= TILE) | (j == count - 1):
-            place = (worker * 2 + (t <= j).to(tl.int32)) * GROUP + offs_m
-            tl.store(partial + place[:, None].to(tl.int64) * HEAD_DIM + offs_d[None, :], acc, mask_md)
-            tl.store(partial_ml + place * 2, m, offs_m < GROUP)
-            tl.store(partial_ml + place * 2 + 1, l, offs_m < GROUP)
+            piece = (worker * 2 + (t <= j).to(tl.int32)) * GROUP + offs_m
+            tl.store(partial + piece[:, None].to(tl.int64) * HEAD_DIM + offs_d[None, :], acc, mask_md)
+            tl.store(partial_ml + piece * 2, m, offs_m < GROUP)
+            tl.store(partial_ml + piece * 2 + 1, l, offs_m < GROUP)
         i += 1
         wrap = i == num_tiles
         i = tl.where(wrap, 0, i)
@@ -186,16 +195,25 @@ def _reduce_kernel(
 class DecodePlan:
     """The tiles of one step, and the room for partial results; the same for all layers."""
 
-    tiles: torch.Tensor  # [tiles, 4] int32: row, place in the row, block, tokens of the row from here on
+    tiles: torch.Tensor  # [tiles, 4] int32: row, number in the row, place in the cache, tokens of the row from here on
     total: torch.Tensor  # [1] int32: number of tiles
     partial: torch.Tensor  # [workers, 2, group, head_dim] float32
     partial_ml: torch.Tensor  # [workers, 2, group, 2] float32: maximum (base 2), normaliser
+    window: int  # tokens of a row that are attended to, at its end
 
 
 def plan_paged_decode(
-    q: torch.Tensor, k_cache: torch.Tensor, block_tables: torch.Tensor, seq_lens: torch.Tensor
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    window: int | None = None,
 ) -> DecodePlan:
-    """List the tiles of a decode step.  Arguments as for `paged_attention_decode`; no synchronisation."""
+    """List the tiles of a decode step.  Arguments as for `paged_attention_decode`; no synchronisation.
+
+    window: attend only to the last so many tokens of a row.
+    """
+    window = window or NO_WINDOW
     num_rows, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     device = q.device
@@ -207,9 +225,10 @@ def plan_paged_decode(
         torch.empty(1, dtype=torch.int32, device=device),
         torch.empty(num_workers, 2, group, head_dim, dtype=torch.float32, device=device),
         torch.empty(num_workers, 2, group, 2, dtype=torch.float32, device=device),
+        window,
     )
     _plan_kernel[(num_rows,)](
-        seq_lens, block_tables, plan.tiles, plan.total, num_rows, block_tables.stride(0), BLOCK_SIZE=block_size,
+        seq_lens, block_tables, plan.tiles, plan.total, num_rows, window, block_tables.stride(0), BLOCK_SIZE=block_size,
         TILE=TILE, ROWS=max(512, triton.next_power_of_2(num_rows)), CHUNK=256, num_warps=4,
         **launch_options(device),
     )  # fmt: skip
@@ -250,7 +269,7 @@ def paged_attention_decode(
     stages = 1 + (2 if block_size % TILE == 0 else 3) * buffers
     _decode_kernel[(num_workers,)](
         q, k_cache, v_cache, out, block_tables, plan.tiles, plan.total, plan.partial, plan.partial_ml, scale * LOG2E,
-        q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
+        plan.window, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),
         HEADS=kv_heads, GROUP=group, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size,
         TILE=TILE, STAGES=stages, num_warps=NUM_WARPS, **launch_options(q.device),

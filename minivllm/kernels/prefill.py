@@ -21,13 +21,13 @@ from minivllm.runner.forward_batch import QUERY_TILE
 KEY_TILE = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def _prefill_kernel(
-    q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale_log2e,
+    q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale_log2e, window,
     stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bt,
     stride_ot, stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TENSOR_COPIES: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TENSOR_COPIES: tl.constexpr, WINDOW: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
@@ -57,7 +57,11 @@ def _prefill_kernel(
     v_offs = offs_n[:, None] * stride_vt + offs_d[None, :]
     diagonal = (kv_len - q_len + first + 1) // TILE  # key tiles before it are seen by every query
     end = tl.cdiv(tl.minimum(kv_len - q_len + first + BLOCK_M, kv_len), TILE)
-    for t in tl.range(0, end, num_stages=STAGES):
+    begin = 0
+    if WINDOW:  # key tiles before `begin` are seen by no query, those before `edge` not by every one
+        begin = tl.maximum(kv_len - q_len + first - window + 1, 0) // TILE
+        edge = tl.cdiv(tl.maximum(kv_len - q_len + first + BLOCK_M - window, 0), TILE)
+    for t in tl.range(begin, end, num_stages=STAGES):
         tokens = t * TILE + offs_n
         in_length = (tokens < kv_len)[:, None] & mask_d[None, :]
         if TENSOR_COPIES:
@@ -75,7 +79,12 @@ def _prefill_kernel(
         scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
         if t >= diagonal:
             scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2e)  # finite: key 0 is never masked
+        if WINDOW:  # noqa: SIM102 (the compiler knows WINDOW, not t)
+            if t < edge:
+                scores = tl.where(tokens[None, :] > positions[:, None] - window, scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2e)
+        if WINDOW:  # a query may not see the first tiles; without a window, it always sees key 0
+            m_new = tl.maximum(m_new, -1e30)
         p = tl.exp2(scores * scale_log2e - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         l = l * alpha + tl.sum(p, 1)  # noqa: E741
@@ -106,14 +115,16 @@ def paged_attention_prefill(
     query_tiles: torch.Tensor,
     scale: float,
     out: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Causal softmax(scale · q Kᵀ) V for the last queries of each row; K and V of them are in the cache already.
 
     q: [tokens, heads, head_dim], row r's queries at query_start_loc[r] : query_start_loc[r + 1]; k_cache, v_cache:
     [blocks, block_size, kv_heads, head_dim]; block_tables: [rows, columns] int32; seq_lens: [rows] int32, keys of each
     row, its queries the last of them; query_start_loc: [rows + 1] int32; query_tiles: [tiles, 2] int32, the row and the
-    first query (counted in the row) of each tile of QUERY_TILE queries.  Returns [tokens, heads, head_dim]; tokens of
-    rows without a tile are not written.
+    first query (counted in the row) of each tile of QUERY_TILE queries; window: a query attends to so many
+    tokens, itself the last of them; None: to all before it.  Returns [tokens, heads, head_dim]; tokens of rows without
+    a tile are not written.
     """
     num_heads, head_dim = q.shape[1:]
     kv_heads, block_size = k_cache.shape[2], k_cache.shape[1]
@@ -134,10 +145,12 @@ def paged_attention_prefill(
         keys, values = (TensorDescriptor(c, list(c.shape), list(c.stride()), tile_shape) for c in (k_cache, v_cache))
     _prefill_kernel[(num_heads, query_tiles.shape[0] * (QUERY_TILE // block_m))](
         q, keys, values, out, block_tables, seq_lens, query_start_loc, query_tiles, scale * LOG2E,
+        window or 0,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),
         GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, BLOCK_M=block_m,
-        SPLIT=QUERY_TILE // block_m, TILE=tile, TENSOR_COPIES=tensor_copies, STAGES=1 + buffers, num_warps=4,
+        SPLIT=QUERY_TILE // block_m, TILE=tile, TENSOR_COPIES=tensor_copies, WINDOW=window is not None,
+        STAGES=1 + buffers, num_warps=4,
         **launch_options(q.device),
     )  # fmt: skip
     return out

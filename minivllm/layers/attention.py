@@ -11,13 +11,16 @@ from minivllm.backends import Backend
 from minivllm.backends.base import KVCache
 from minivllm.config import ModelConfig
 from minivllm.layers.linear import Linear, MergedLinear
+from minivllm.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, backend: Backend, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.backend = backend
         self.num_heads = config.num_attention_heads
@@ -25,8 +28,13 @@ class Attention(nn.Module):
         q_size = self.num_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = MergedLinear(config.hidden_size, parts, config.attention_bias, backend, dtype, device)
-        self.o_proj = Linear(q_size, config.hidden_size, config.attention_bias, backend, dtype, device)
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, config.qkv_bias, backend, dtype, device)
+        self.o_proj = Linear(q_size, config.hidden_size, config.o_bias, backend, dtype, device)
+        self.window = config.window(layer)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, backend, dtype, device)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, backend, dtype, device)
 
     def forward(
         self,
@@ -38,6 +46,9 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """x: [tokens, hidden] -> [tokens, hidden], or [S, hidden] for the tokens `wanted` [S] alone."""
         qkv = self.qkv_proj(x)
-        q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch)
-        out = self.backend.attention(q, kv_cache, batch, self.scale)  # [tokens, heads, head_dim]
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch, norms)
+        out = self.backend.attention(q, kv_cache, batch, self.scale, self.window)  # [tokens, heads, head_dim]
         return self.o_proj((out if wanted is None else out[wanted]).flatten(1))

@@ -42,7 +42,12 @@ _LLAMA_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ARCHITECTURES = {"llama": _Architecture("LlamaForCausalLM", "llama", _LLAMA_TENSORS, interleaved_rope=True)}
+_QWEN3_TENSORS = {**_LLAMA_TENSORS, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_ARCHITECTURES = {
+    "llama": _Architecture("LlamaForCausalLM", "llama", _LLAMA_TENSORS, interleaved_rope=True),  # and Mistral
+    "qwen2": _Architecture("Qwen2ForCausalLM", "qwen2", _LLAMA_TENSORS, interleaved_rope=False),
+    "qwen3": _Architecture("Qwen3ForCausalLM", "qwen3", _QWEN3_TENSORS, interleaved_rope=False),
+}
 
 # RoPE tables: the frequencies follow from the config, which `_rope_scaling` checks.
 _UNUSED_TENSORS = ("rope_freqs", "attn_rot_embd")
@@ -263,11 +268,17 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {"gpt-2": [_GPT2_SPLIT], "smollm": [r"\p{N}", _GPT2_SPLIT], "llama-bpe": [_LLAMA3_SPLIT]}
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_SPLITS = {
+    "gpt-2": [_GPT2_SPLIT],
+    "smollm": [r"\p{N}", _GPT2_SPLIT],
+    "llama-bpe": [_LLAMA3_SPLIT],
+    "qwen2": [_QWEN2_SPLIT],
+}
 
 
 def _byte_level_bpe(vocab: dict[str, int], merges: list[str], pre: str) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
@@ -275,6 +286,8 @@ def _byte_level_bpe(vocab: dict[str, int], merges: list[str], pre: str) -> Any:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     backend.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
     return backend
 
 

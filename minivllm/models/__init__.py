@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from minivllm.models.llama import LlamaForCausalLM
+from minivllm.models.mistral import MistralForCausalLM
+from minivllm.models.phi3 import Phi3ForCausalLM
+from minivllm.models.qwen2 import Qwen2ForCausalLM
+from minivllm.models.qwen3 import Qwen3ForCausalLM
 
 MODELS: dict[str, type[LlamaForCausalLM]] = {
     "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Phi3ForCausalLM": Phi3ForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
 }
 
 

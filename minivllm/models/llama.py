@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,10 +33,12 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, backend: Backend, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
-        self.self_attn = Attention(config, backend, dtype, device)
+        self.self_attn = Attention(config, layer, backend, dtype, device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
         self.mlp = LlamaMLP(config, backend, dtype, device)
 
@@ -62,12 +65,22 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
-        self.layers = nn.ModuleList(LlamaLayer(config, backend, dtype, device) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            LlamaLayer(config, i, backend, dtype, device) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
 
 
 class LlamaForCausalLM(nn.Module):
-    """The decoder.  `num_positions`: positions to be ready for (max_model_len)."""
+    """The decoder.  `num_positions`: positions to be ready for (max_model_len).
+
+    Other architectures are subclasses that say in `adapt` what they mean by their configs.
+    """
+
+    @classmethod
+    def adapt(cls, config: ModelConfig) -> ModelConfig:
+        """`config`, read as if it were Llama's, as this architecture means it."""
+        return replace(config, sliding_windows=())
 
     def __init__(
         self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device, num_positions: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -36,11 +37,12 @@ def compile_kernels(
     def rotate(rows: int) -> None:
         batch = ForwardBatch(ints(), zeros(rows, dtype=torch.int32), zeros(rows, dtype=torch.int64), ints(), ints(), 0)
         qkv = zeros(rows, (num_heads + 2 * kv_heads) * head_dim)
-        backend.rotate_and_store(qkv, zeros(1, head_dim, dtype=torch.float32), num_heads, caches, batch)
+        qk_norm = (zeros(head_dim), zeros(head_dim), config.rms_norm_eps) if config.qk_norm else None
+        backend.rotate_and_store(qkv, zeros(1, head_dim, dtype=torch.float32), num_heads, caches, batch, qk_norm)
 
-    def attend(batch: ForwardBatch) -> None:
+    def attend(batch: ForwardBatch, window: int | None) -> None:
         qkv = zeros(batch.token_ids.shape[0], num_heads + 2 * kv_heads, head_dim)
-        backend.attention(qkv[:, :num_heads], caches, batch, 1.0)
+        backend.attention(qkv[:, :num_heads], caches, replace(batch), 1.0, window)
 
     def sample() -> None:
         logits, longs = zeros(2, config.vocab_size), zeros(2, dtype=torch.int64)
@@ -54,9 +56,10 @@ def compile_kernels(
     prefill = ForwardBatch(
         ints(0, 0), ints(0, 1), ints(0, 0), tables, ints(2, 0), 0, ints(0, 2, 2), ints(0, 0, 1, 0).view(2, 2)
     )
+    windows = list(dict.fromkeys(config.window(layer) for layer in range(config.num_hidden_layers)))
     jobs: list[Callable[[], object]] = [
-        lambda: attend(prefill),
-        lambda: attend(decode),
+        *(lambda window=window: attend(prefill, window) for window in windows),  # type: ignore[misc]
+        lambda: attend(decode, windows[0]),
         sample,
         lambda: backend.rms_norm(x, norm_weight, config.rms_norm_eps),
         lambda: backend.add_rms_norm(x, x.clone(), norm_weight, config.rms_norm_eps),
