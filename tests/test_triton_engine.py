@@ -1,9 +1,16 @@
 """The whole engine through the Triton backend, in the interpreter: the same tokens as through torch."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from minivllm import LLM, SamplingParams
+from minivllm.backends import make_backend
+from minivllm.config import ModelConfig
+from minivllm.runner import warm_up
 
 PROMPTS = [[(7 * i + j) % 150 for j in range(n)] for i, n in enumerate([3, 16, 33, 1])]
 
@@ -21,3 +28,30 @@ def test_same_tokens_as_torch(tiny, name):
             outputs = llm.generate(PROMPTS, params, use_tqdm=False)
             tokens[backend] = [output.outputs[0].token_ids for output in outputs]
     assert tokens["triton"] == tokens["torch"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs one kernel at a time; test_gpu.py counts")
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=True, sliding_windows=(None, 9))], ids=str)
+def test_warm_up_runs(monkeypatch, changes):
+    """It reaches every kernel, and no input of its own making is one that a kernel trips over."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=90)
+    config = replace(ModelConfig.from_hf(shape), **changes)
+    launched = set()
+    original = InterpretedFunction.run
+    monkeypatch.setattr(
+        InterpretedFunction, "run", lambda self, *a, **k: (launched.add(self.fn.__name__), original(self, *a, **k))[1]
+    )
+    monkeypatch.setattr(warm_up, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+    warm_up.compile_kernels(make_backend("triton"), config, torch.float32, torch.device("cpu"), 64, 4)
+    expected = [
+        "_prefill",
+        "_decode",
+        "_reduce",
+        "_plan",
+        "_sample_split",
+        "_sample_pick",
+        "_rms_norm",
+        "_silu_and_mul",
+        "_rope_kv",
+    ]
+    assert launched == {f"{name}_kernel" for name in expected}  # float32 leaves products to cuBLAS
