@@ -6,14 +6,24 @@ print(LLM().generate("The capital of France is", SamplingParams(temperature=0))[
 
 from typing import TYPE_CHECKING, Any
 
-from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.beam_search import BeamSearchParams
+from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from minivllm.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "RequestMetrics", "RequestOutput", "RequestOutputKind", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "Logprob",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -62,6 +62,22 @@ def check_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def override(hf: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with `changes`.  RoPE settings may have the names of transformers 4 or 5, whichever it has."""
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"hf_overrides must be a dict of entries of config.json, got {changes!r}")
+    config = {**hf, **changes}
+    if "rope_parameters" in hf and "rope_parameters" not in changes:
+        rope = dict(hf["rope_parameters"] or {})
+        if "rope_scaling" in changes:
+            theta = {name: value for name, value in rope.items() if name == "rope_theta"}
+            rope = theta | dict(changes["rope_scaling"] or {})
+        if "rope_theta" in changes:
+            rope["rope_theta"] = changes["rope_theta"]
+        config["rope_parameters"] = rope
+    return config
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The settings of one engine, under vLLM's names.  None means: derived from model and device by `resolve`."""

@@ -11,21 +11,24 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
+from minivllm.chat_template import Message, is_conversation, load_template, render
+from minivllm.config import EngineConfig, ModelConfig, override
 from minivllm.engine.engine import Engine
 from minivllm.loading import resolve
+from minivllm.metrics import Metric, collect
 from minivllm.models import model_class
 from minivllm.outputs import RequestOutput
 from minivllm.runner.executor import LocalExecutor
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
-Message = dict[str, Any]
 CheckedRequest = tuple[list[int], SamplingParams, str | None]  # token ids, params, text if known
 
 
@@ -36,6 +39,9 @@ class LLM:
     tokenizer: where the tokenizer comes from, if not from the model.
     revision: branch, tag or commit of a hub model.
     skip_tokenizer_init: load no tokenizer; prompts must be token ids and outputs have no text.
+    hf_overrides: entries of the model's config.json to change.
+    chat_template: for `chat`, in place of the model's own: text, or the path of a file.
+    trust_remote_code: makes no difference; code that comes with a model is never run.
     arguments: the fields of `EngineConfig`, under vLLM's names.
 
     Raises FileNotFoundError or PermissionError for a model that cannot be had, ValueError for one that is not
@@ -49,6 +55,9 @@ class LLM:
         tokenizer: str | None = None,
         revision: str | None = None,
         skip_tokenizer_init: bool = False,
+        hf_overrides: dict[str, Any] | None = None,
+        chat_template: str | Path | None = None,
+        trust_remote_code: bool = False,
         **arguments: Any,
     ) -> None:
         if model is not None and not isinstance(model, (str, os.PathLike)):
@@ -63,9 +72,11 @@ class LLM:
             raise ValueError(f"load_format='safetensors' does not fit the model {model!r}; leave load_format out")
         files = resolve(model, tokenizer, revision, need_tokenizer=not skip_tokenizer_init, need_weights=not dummy)
         self.model = files.name
-        model_config = ModelConfig.from_hf(files.config, files.generation_config)
+        hf_config = override(files.config, hf_overrides or {})
+        model_config = ModelConfig.from_hf(hf_config, files.generation_config)
         # Refuses what is not supported before anything is loaded.
-        self.model_config = model_class(model_config.architecture).adapt(model_config)
+        self.model_config = model_class(model_config.architecture, trust_remote_code).adapt(model_config)
+        self._chat_template = load_template(chat_template)
         self.config = config.resolve(self.model_config, device)
         self._generation_config = files.generation_config
         self._tokenizer = None
@@ -127,30 +138,75 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        add_generation_prompt: bool = True,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written with the model's chat template.
 
         messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
+        options: as for `preprocess_chat`.
         """
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a conversation or a list of them, got {messages!r}")
         conversations = [messages] if isinstance(messages[0], dict) else messages
-        prompts = [self.preprocess_chat(m, add_generation_prompt=add_generation_prompt) for m in conversations]  # type: ignore[arg-type]
+        prompts = [self.preprocess_chat(m, **options) for m in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def preprocess_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> Prompt:
-        """The prompt that `chat` makes of a conversation, as `generate` and `stream` take it."""
+    def preprocess_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt that `chat` makes of a conversation, as `generate` and `stream` take it.
+
+        chat_template: text or file, in place of the model's own.  add_generation_prompt: begin the answer.
+        continue_final_message: go on with the last message instead.  tools: functions that the model may call, as JSON
+        schemas.  chat_template_kwargs: further arguments of the template.
+        """
         tokenizer = self.get_tokenizer()
-        if not messages or not all(isinstance(m, dict) and "role" in m and "content" in m for m in messages):
+        if not is_conversation(messages):
             raise ValueError('messages must be a list of {"role": …, "content": …}, with at least one of them')
-        if not tokenizer.chat_template:
-            raise ValueError(f"the tokenizer of {self.model} has no chat template; use generate, or an instruct model")
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        text = render(
+            tokenizer,
+            messages,
+            chat_template=load_template(chat_template) or self._chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
         )
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
         return {"prompt": text, "prompt_token_ids": ids}
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The most likely continuations of each prompt; prompts as for `generate`.
+
+        Every round asks for 2 · beam_width log probabilities: `max_logprobs` must allow that.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"params must be BeamSearchParams, got {type(params).__name__}")
+        checked = self._check_requests(
+            prompts, SamplingParams(max_tokens=params.max_tokens), RequestOutputKind.FINAL_ONLY
+        )
+        outputs = beam_search(
+            lambda beams, step: self.generate(beams, step, use_tqdm=False),
+            [token_ids for token_ids, _, _ in checked],
+            params,
+            self.engine.scheduler.eos_token_ids,
+        )
+        if self._tokenizer is not None:
+            for output in outputs:
+                for sequence in output.sequences:
+                    sequence.text = str(self._tokenizer.decode(sequence.tokens))
+        return outputs
+
+    def get_metrics(self) -> list[Metric]:
+        """Figures of the engine, under vLLM's names."""
+        return collect(self.engine.scheduler)
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer; ValueError if there is none (skip_tokenizer_init)."""

@@ -32,6 +32,7 @@ class SchedulerStats:
     num_recomputed_tokens: int = 0  # computed before, lost to preemption
     num_prompt_tokens: int = 0  # of admitted requests
     num_cached_tokens: int = 0  # of those, found in the prefix cache
+    num_generated_tokens: int = 0
 
 
 class Scheduler:
@@ -151,6 +152,7 @@ class Scheduler:
                 continue
             request.num_in_flight -= 1
             request.token_ids.append(token)
+            self.stats.num_generated_tokens += 1
             if logprobs is not None:
                 request.logprobs.append(logprobs)
             metrics = request.metrics

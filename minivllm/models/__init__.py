@@ -17,10 +17,11 @@ MODELS: dict[str, type[LlamaForCausalLM]] = {
 }
 
 
-def model_class(architecture: str) -> type[LlamaForCausalLM]:
+def model_class(architecture: str, trust_remote_code: bool = False) -> type[LlamaForCausalLM]:
     """The class for `architecture`; ValueError if there is none: a model is refused, never run wrongly."""
     if architecture not in MODELS:
-        raise ValueError(f"model architecture {architecture!r} is not supported; supported: {', '.join(MODELS)}")
+        never = "; code that comes with a model is never run, whatever trust_remote_code says" * trust_remote_code
+        raise ValueError(f"model architecture {architecture!r} is not supported; supported: {', '.join(MODELS)}{never}")
     return MODELS[architecture]
 
 

@@ -1,0 +1,218 @@
+"""What else a script written for vLLM's LLM calls: chat with tools and templates, beam search, metrics, overrides."""
+
+import pytest
+import torch
+from conftest import TINY_VOCAB
+
+from minivllm import LLM, BeamSearchParams, SamplingParams
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TEMPLATE = (
+    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{{ mood }}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def llm(embedded):
+    with LLM(embedded, device="cpu") as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (dict(), "<user>Hi</><assistant>"),
+        (dict(add_generation_prompt=False), "<user>Hi</>"),
+        (dict(tools=TOOLS), "[weather]<user>Hi</><assistant>"),
+        (dict(chat_template_kwargs=dict(mood="merry ")), "merry <user>Hi</><assistant>"),
+    ],
+    ids=str,
+)
+def test_what_goes_to_the_template(llm, options, text):
+    prompt = llm.preprocess_chat([{"role": "user", "content": "Hi"}], chat_template=TEMPLATE, **options)
+    assert prompt["prompt"] == text
+    assert llm.get_tokenizer().decode(prompt["prompt_token_ids"]) == text
+
+
+def test_a_template_of_one_s_own(embedded, tmp_path):
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    for template in (TEMPLATE, tmp_path / "template.jinja", str(tmp_path / "template.jinja")):
+        with LLM(embedded, device="cpu", chat_template=template, kv_cache_memory_bytes=1 << 24) as llm:
+            assert llm.preprocess_chat(MESSAGES)["prompt"] == f"<user>{MESSAGES[0]['content']}</><assistant>"
+            output = llm.chat(MESSAGES, SamplingParams(max_tokens=1), use_tqdm=False)[0]
+            assert output.prompt == f"<user>{MESSAGES[0]['content']}</><assistant>"
+
+
+def test_continue_final_message(llm):
+    """The answer goes on where the message stopped."""
+    messages = [*MESSAGES, {"role": "assistant", "content": "The capital of France"}]
+    output = llm.chat(
+        messages,
+        SamplingParams(temperature=0, max_tokens=20),
+        add_generation_prompt=False,
+        continue_final_message=True,
+        use_tqdm=False,
+    )[0]
+    assert output.prompt.endswith("The capital of France") and output.outputs[0].text == " is Paris."
+
+
+def test_parts_of_text_and_messages_without_content(llm):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert llm.preprocess_chat(parts, chat_template=TEMPLATE)["prompt"] == "<user>a\nb</><assistant>"
+    called = [*MESSAGES, {"role": "assistant", "tool_calls": []}]
+    assert llm.preprocess_chat(called, chat_template="{{ messages[1].role }}")["prompt"] == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [
+        (MESSAGES, dict(continue_final_message=True), "set add_generation_prompt=False"),
+        (MESSAGES, dict(chat_template="no-such-file"), "neither a Jinja template nor a file"),
+        (MESSAGES, dict(chat_template=7), "chat_template must be"),
+        (MESSAGES, dict(chat_template="{{ raise_exception('no system') }}"), "cannot render these messages: no system"),
+        (MESSAGES, dict(chat_template="{% for %}"), "cannot render"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], dict(), "only content of text"),
+    ],
+    ids=str,
+)
+def test_wrong_chats(llm, messages, options, message):
+    with pytest.raises(ValueError, match=message):
+        llm.chat(messages, **options)
+
+
+# ---- beam search
+
+
+@torch.no_grad()
+def reference(model, prompt, width, num_tokens, ends=(), length_penalty=1.0):
+    """[(tokens, sum of log probabilities)], best first, from whole forward passes."""
+    beams, finished = [(list(prompt), 0.0)], []
+
+    def score(beam):
+        return beam[1] / (len(beam[0]) - (beam[0][-1] in ends)) ** length_penalty
+
+    for _ in range(num_tokens):
+        longer = []
+        for tokens, total in beams:
+            values, ids = model(torch.tensor([tokens])).logits[0, -1].double().log_softmax(-1).topk(2 * width)
+            for value, token in zip(values.tolist(), ids.tolist(), strict=True):
+                (finished if token in ends else longer).append(([*tokens, token], total + value))
+        beams = sorted(longer, key=score, reverse=True)[:width]
+    return sorted(finished + beams, key=score, reverse=True)[:width]
+
+
+@pytest.mark.parametrize("ends", [(), tuple(range(0, TINY_VOCAB, 5))], ids=["endless", "with ends"])
+@pytest.mark.parametrize("length_penalty", [1.0, 0.3])
+def test_beam_search(tiny, hugging_face, ends, length_penalty):
+    model, prompts = hugging_face(tiny("gqa-tied")), [[1, 2, 3], [50, 60, 70, 80]]
+    with LLM(
+        tiny("gqa-tied"), skip_tokenizer_init=True, device="cpu", hf_overrides=dict(eos_token_id=list(ends))
+    ) as llm:
+        params = BeamSearchParams(beam_width=4, max_tokens=7, length_penalty=length_penalty)
+        outputs = llm.beam_search(prompts, params)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            expected = reference(model, prompt, 4, 7, ends, length_penalty)
+            assert [sequence.tokens for sequence in output.sequences] == [tokens for tokens, _ in expected]
+            for sequence, (tokens, total) in zip(output.sequences, expected, strict=True):
+                assert sequence.cum_logprob == pytest.approx(total, abs=1e-3)
+                assert sequence.finish_reason == ("stop" if tokens[-1] in ends else "length")
+                assert len(sequence.logprobs) == len(tokens) - len(prompt) and sequence.text is None
+        if ends:
+            ignoring = BeamSearchParams(beam_width=4, max_tokens=7, length_penalty=length_penalty, ignore_eos=True)
+            assert all(s.finish_reason == "length" for s in llm.beam_search(prompts[0], ignoring)[0].sequences)
+
+
+def test_beam_search_finds_more_than_greedy(llm):
+    """And gives text."""
+    prompt = "The best thing about the sea is"
+    greedy = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=10, logprobs=0), use_tqdm=False)[0].outputs[
+        0
+    ]
+    best = llm.beam_search(prompt, BeamSearchParams(beam_width=3, max_tokens=10))[0].sequences[0]
+    assert best.cum_logprob >= greedy.cumulative_logprob - 1e-3 and best.text.startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(beam_width=0, max_tokens=1), "beam_width must be"),
+        (dict(beam_width=1, max_tokens=0), "max_tokens must be"),
+        (dict(beam_width=1, max_tokens=1, temperature=0.5), "beam search with a temperature is not supported"),
+        (dict(beam_width=11, max_tokens=1), r"logprobs asks for 22, more than max_logprobs \(20\)"),
+    ],
+    ids=str,
+)
+def test_wrong_beam_searches(llm, options, message):
+    with pytest.raises(ValueError, match=message):
+        llm.beam_search("a", BeamSearchParams(**options))
+
+
+# ---- the rest
+
+
+def test_metrics(tiny):
+    with LLM(tiny("mha"), skip_tokenizer_init=True, device="cpu", block_size=16) as llm:
+        names = {metric.name for metric in llm.get_metrics()}
+        for _ in range(2):
+            llm.generate([list(range(40)), [1] * 5], SamplingParams(max_tokens=7), use_tqdm=False)
+        values = {metric.name.removeprefix("vllm:"): metric.value for metric in llm.get_metrics()}
+        assert names == {f"vllm:{name}" for name in values}
+        assert values == {
+            "num_requests_running": 0,
+            "num_requests_waiting": 0,
+            "kv_cache_usage_perc": 0,
+            "prefix_cache_queries": 90,
+            "prefix_cache_hits": 32,
+            "num_preemptions": 0,
+            "prompt_tokens": 90,
+            "generation_tokens": 28,
+        }
+        for output in llm.stream([1, 2, 3], SamplingParams(max_tokens=4)):
+            running = {metric.name: metric.value for metric in llm.get_metrics()}
+            assert running["vllm:num_requests_running"] == (not output.finished)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(rope_theta=77.0),
+        dict(rope_scaling=dict(rope_type="linear", factor=2.0)),
+        dict(rope_parameters=dict(rope_theta=77.0, rope_type="linear", factor=2.0)),
+        dict(rms_norm_eps=0.2),
+    ],
+    ids=str,
+)
+def test_overrides(tiny, hugging_face, overrides):
+    """Against a model of Hugging Face's with the same change."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    prompt = [1, 2, 3, 4, 5]
+    config = AutoConfig.from_pretrained(tiny("mha"))
+    rope = dict(config.rope_parameters)
+    if "rope_theta" in overrides:
+        rope["rope_theta"] = 77.0
+    rope |= overrides.get("rope_scaling") or overrides.get("rope_parameters") or {}
+    config.rope_parameters, config.rms_norm_eps = rope, overrides.get("rms_norm_eps", config.rms_norm_eps)
+    model = AutoModelForCausalLM.from_pretrained(tiny("mha"), config=config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        unchanged = hugging_face(tiny("mha"))(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    with LLM(tiny("mha"), skip_tokenizer_init=True, device="cpu", hf_overrides=overrides, max_logprobs=-1) as llm:
+        found = (
+            llm.generate(prompt, SamplingParams(max_tokens=1, logprobs=-1), use_tqdm=False)[0].outputs[0].logprobs[0]
+        )
+    found = torch.tensor([found[i].logprob for i in range(TINY_VOCAB)])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (expected - unchanged).abs().max() > 1e-2
+
+
+def test_wrong_overrides(tiny):
+    with pytest.raises(ValueError, match="hf_overrides must be a dict"):
+        LLM(tiny("mha"), skip_tokenizer_init=True, hf_overrides=[1])
+    with pytest.raises(ValueError, match="'Foo' is not supported.*never run, whatever trust_remote_code says"):
+        LLM(tiny("mha"), skip_tokenizer_init=True, hf_overrides=dict(architectures=["Foo"]), trust_remote_code=True)
+    with LLM(tiny("mha"), skip_tokenizer_init=True, device="cpu", trust_remote_code=True) as llm:
+        assert llm.generate([1], SamplingParams(max_tokens=1), use_tqdm=False)
