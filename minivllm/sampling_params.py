@@ -22,7 +22,6 @@ SWITCHES = (
 NOT_SUPPORTED_YET = {
     "best_of": None,
     "logits_processors": None,
-    "structured_outputs": None,
     "guided_decoding": None,
     "truncate_prompt_tokens": None,
     "extra_args": None,
@@ -35,6 +34,40 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0
     DELTA = 1
     FINAL_ONLY = 2
+
+
+@dataclass(kw_only=True)
+class StructuredOutputsParams:
+    """What the text of an output must be; one of these.  Raises ValueError for none or several.
+
+    json: a JSON schema, as a dict or as text.  regex: a regular expression for the whole text.  choice: one of these
+    texts.  grammar: a context-free grammar, in Lark's or llama.cpp's (GBNF) notation.  json_object: any JSON object.
+    disable_any_whitespace: with json, no whitespace but what the compact form has.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self) -> None:
+        names = ("json", "regex", "choice", "grammar", "json_object")
+        given = [name for name in names if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs must have one of {', '.join(names)}; got {', '.join(given) or 'none'}"
+            )
+        if self.json is not None and not isinstance(self.json, (str, dict)):
+            raise ValueError(f"structured_outputs: json must be a JSON schema, got {self.json!r}")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"structured_outputs: {name} must be a string, got {getattr(self, name)!r}")
+        if self.choice is not None and not (
+            isinstance(self.choice, list) and self.choice and all(isinstance(c, str) and c for c in self.choice)
+        ):
+            raise ValueError(f"structured_outputs: choice must be a list of texts, got {self.choice!r}")
 
 
 def _checked(cls: type) -> type:
@@ -80,6 +113,8 @@ class SamplingParams:
     skip_special_tokens, spaces_between_special_tokens: how special tokens are written in the text.
     logit_bias: added to logits, by token id; clamped to [-100, 100].
     allowed_token_ids: the only tokens that may be sampled.
+    structured_outputs: a grammar that the text must follow; it ends where that does, whatever min_tokens and ignore_eos
+        say.
     """
 
     n: int = 1
@@ -106,6 +141,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -168,6 +204,8 @@ class SamplingParams:
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            raise ValueError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
 

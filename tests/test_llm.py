@@ -224,7 +224,7 @@ def test_numbers_too_large(tiny, name, value):
         (dict(temprature=1), "no argument 'temprature'; did you mean 'temperature'"),
         (dict(xyz=1), "no argument 'xyz'; known: n, "),
         (dict(best_of=2), "best_of is not supported yet"),
-        (dict(structured_outputs=1), "structured_outputs is not supported yet"),
+        (dict(structured_outputs=1), "structured_outputs must be StructuredOutputsParams"),
         (dict(n=0), "n must be an integer of at least 1"),
         (dict(n=2, temperature=0), "n must be 1 with temperature 0"),
         (dict(presence_penalty=2.1), r"presence_penalty must be in \[-2, 2\]"),

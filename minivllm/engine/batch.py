@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from minivllm.sampling_params import SamplingParams
 
 
@@ -40,6 +42,8 @@ class ScheduledBatch:
     sampled_rows: list[int] = field(default_factory=list)  # rows that reach their last token, so sample the next
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)  # slot, first column, block ids
     prompt_logprobs_rows: list[int] = field(default_factory=list)  # rows whose prompt tokens' logprobs are wanted
+    # For some of `sampled_rows`, by their number there: the tokens they may sample, 32 to a word.
+    token_masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.grammar import Grammar, GrammarCompiler
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
@@ -63,6 +64,7 @@ class Engine:
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()
         self._outputs = OutputProcessor(tokenizer)
+        self._grammars: GrammarCompiler | None = None  # made when the first request needs it
         self._num_requests = 0
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
@@ -96,6 +98,7 @@ class Engine:
             if getattr(params, name) and self.tokenizer is None:
                 raise ValueError(f"{name} needs a tokenizer; leave skip_tokenizer_init=True out")
         self.scheduler.check_fits(self._max_num_tokens(prompt_token_ids, params))
+        self._grammar(params)
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None
@@ -123,6 +126,7 @@ class Engine:
                     else params.seed + index,
                     arrival_time=time.monotonic(),
                     bad_word_ids=bad_word_ids,
+                    grammar=self._grammar(params),
                 )
             )
         for request in requests:
@@ -159,19 +163,26 @@ class Engine:
             batch = self.scheduler.schedule()
             if batch is not None:
                 self._pending.append(self.executor.execute(batch))
-            if not self._pending or (batch is not None and len(self._pending) < self._max_in_flight):
+            # The tokens that the next step's masks hang on must be known.
+            most = 0 if self.scheduler.num_grammars else self._max_in_flight - 1
+            if not self._pending or (batch is not None and len(self._pending) <= most):
                 return []
-            result = self._pending.popleft().wait()
+            results = [self._pending.popleft().wait()]
+            while len(self._pending) > most:
+                results.append(self._pending.popleft().wait())
         except BaseException:
             self._pending.clear()
             self.scheduler.recover()
             raise
-        progressed = self.scheduler.update(result)
-        for request in progressed:
-            stop_string = self._outputs.find_stop(request)
-            if stop_string is not None:
-                self.scheduler.stop(request, stop_string)
-        return self._outputs.outputs(progressed)
+        outputs = []
+        for result in results:
+            progressed = self.scheduler.update(result)
+            for request in progressed:
+                stop_string = self._outputs.find_stop(request)
+                if stop_string is not None:
+                    self.scheduler.stop(request, stop_string)
+            outputs += self._outputs.outputs(progressed)
+        return outputs
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests that run keep their blocks."""
@@ -182,6 +193,16 @@ class Engine:
         limit = self.config.max_model_len
         assert limit is not None
         return limit if params.max_tokens is None else min(len(prompt_token_ids) + params.max_tokens, limit)
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError("structured_outputs needs a tokenizer; leave skip_tokenizer_init=True out")
+        if self._grammars is None:
+            eos_token_ids = self.scheduler.eos_token_ids
+            self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, eos_token_ids)
+        return self._grammars.start(params.structured_outputs)
 
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
         """The tokens of each bad word, as a text's beginning and, where it differs, after a space."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minivllm.engine.batch import TokenLogprobs
+from minivllm.engine.grammar import Grammar
 from minivllm.outputs import RequestMetrics
 from minivllm.sampling_params import SamplingParams
 
@@ -20,6 +21,7 @@ class Request:
         "block_hashes",
         "block_ids",
         "finish_reason",
+        "grammar",
         "logprobs",
         "max_num_tokens",
         "metrics",
@@ -49,6 +51,7 @@ class Request:
         seed: int,
         arrival_time: float,
         bad_word_ids: list[list[int]] | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -66,6 +69,7 @@ class Request:
         self.num_published_blocks = 0
         self.num_dropped_blocks = 0  # at the start of block_ids: no longer its own, and never read again
         self.bad_word_ids = bad_word_ids or []
+        self.grammar = grammar
         self.logprobs: list[TokenLogprobs] = []  # of the output tokens, if asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on, if asked for
         self.finish_reason: str | None = None

@@ -54,6 +54,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.stats = SchedulerStats()
+        self.num_grammars = 0  # requests that have one
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         # For each step in flight: the requests that sampled a token; those whose prompt's logprobs it finds, each with
         # the number of prompt tokens before those.
@@ -64,6 +65,7 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use; choose another")
         self.requests[request.request_id] = request
+        self.num_grammars += request.grammar is not None
         self.waiting.append(request)
 
     def check_fits(self, max_num_tokens: int) -> None:
@@ -123,6 +125,9 @@ class Scheduler:
             batch.num_computed.append(request.num_computed_tokens - num_new)
             batch.num_scheduled.append(num_new)
             if request.num_computed_tokens == request.num_tokens:
+                if request.grammar is not None:
+                    assert request.num_in_flight == 0, "the token before must be known"
+                    batch.token_masks.append((len(batch.sampled_rows), request.grammar.next_token_mask()))
                 batch.sampled_rows.append(row)
                 sampled.append(request)
             num_before = request.num_computed_tokens - num_new
@@ -160,6 +165,8 @@ class Scheduler:
             metrics.last_token_time = now
             self.block_manager.publish(request)
             self._check_stop(request, token)
+            if request.grammar is not None and not request.grammar.accept(token) and not request.finished:
+                self._finish(request, "abort")  # nothing it may sample is allowed by its other options
             progressed.append(request)
         return progressed
 
@@ -250,6 +257,8 @@ class Scheduler:
 
     def _check_stop(self, request: Request, token: int) -> None:
         params = request.params
+        if request.grammar is not None and token in self.eos_token_ids:  # the grammar ends here
+            return self._finish(request, "stop")
         if request.num_output_tokens >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
                 return self._finish(request, "stop")
@@ -262,6 +271,7 @@ class Scheduler:
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         del self.requests[request.request_id]
+        self.num_grammars -= request.grammar is not None
         if request.slot >= 0:
             self.running.remove(request)
             self._release(request)

@@ -31,10 +31,13 @@ def process_logits(
     seq_lens: np.ndarray,
     temperature: torch.Tensor,
     history: torch.Tensor | None = None,
+    token_masks: Sequence[tuple[int, np.ndarray]] = (),
 ) -> torch.Tensor:
     """A float32 copy of the logits [R, vocab] of slots `rows` [R], now `seq_lens` [R] tokens long, with what they ask
-    for done."""
+    for done.  token_masks: the tokens that some rows may sample at all, 32 to a word."""
     logits = logits.to(torch.float32, copy=True)
+    if token_masks:
+        _apply_masks(logits, token_masks)
     asked = [(i, slots.allowed_token_ids[slot]) for i, slot in enumerate(rows.tolist())]
     allowed = [(i, ids) for i, ids in asked if ids is not None]
     if allowed:
@@ -44,7 +47,9 @@ def process_logits(
         logits[index] = kept
     if any(slots.bad_word_ids[slot] for slot in rows):
         _exclude_bad_words(logits, slots, rows, seq_lens, history)
+    masked = {i for i, _ in token_masks}  # a grammar may allow nothing but the end
     short = np.flatnonzero(_num_outputs(slots, rows, seq_lens) < slots.min_tokens[rows]).tolist()
+    short = [i for i in short if i not in masked]
     if any(slots.stop_token_ids[rows[i]] for i in short):
         logits[_pairs([(i, slots.stop_token_ids[rows[i]]) for i in short], logits.device)] = NEVER
     biased = [(i, slots.logit_bias[slot]) for i, slot in enumerate(rows.tolist()) if slots.logit_bias[slot]]
@@ -82,6 +87,15 @@ def truncate(
     values.masked_fill_((before >= top_p[:, None]) & (top_p < 1)[:, None] & (ranks > 0), NEVER)
     dropped = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, order, values == NEVER)
     logits.masked_fill_(dropped, NEVER)
+
+
+def _apply_masks(logits: torch.Tensor, token_masks: Sequence[tuple[int, np.ndarray]]) -> None:
+    device = logits.device
+    rows = to_device(np.array([row for row, _ in token_masks], np.int64), device)
+    words = to_device(np.stack([mask for _, mask in token_masks]), device)  # [masks, vocab / 32]
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
+    logits[rows] = logits[rows].masked_fill(~allowed, NEVER)
 
 
 def _exclude_bad_words(

@@ -109,7 +109,7 @@ class ModelRunner:
         tokens, logits = self.graphs.replay("decode", size) or self._decode(tensors, seq_lens)
         rows, seq_lens = slots[:num_rows], seq_lens[:num_rows]
         inputs = sampling_inputs(tensors, num_rows)
-        return self._sample(logits[:num_rows], rows, seq_lens, inputs, tokens[:num_rows])
+        return self._sample(logits[:num_rows], rows, seq_lens, inputs, batch.token_masks, tokens[:num_rows])
 
     def _sample(
         self,
@@ -117,14 +117,17 @@ class ModelRunner:
         rows: np.ndarray,
         seq_lens: np.ndarray,
         inputs: SamplingInputs,
+        token_masks: Sequence[tuple[int, np.ndarray]],
         tokens: torch.Tensor | None = None,
     ) -> Sampled:
         """Draw a token a row.  `tokens`: those that the backend drew by itself already, which hold if no row asks for
         more."""
         processed = logits
-        if needs_processing(self.slots, rows, seq_lens):
+        if token_masks or needs_processing(self.slots, rows, seq_lens):
             tokens = None
-            processed = process_logits(logits, self.slots, rows, seq_lens, inputs.temperature, self.history)
+            processed = process_logits(
+                logits, self.slots, rows, seq_lens, inputs.temperature, self.history, token_masks
+            )
         if tokens is None:
             tokens = sample(self.backend, processed, inputs, self.last_token)
         if self.slots.remembers[rows].any():
@@ -205,7 +208,8 @@ class ModelRunner:
         result = Sampled(self.last_token[:0])
         if num_sampled:
             logits = self.model.compute_logits(x[:num_sampled], residual[:num_sampled])
-            result = self._sample(logits, slots, seq_lens, sampling_inputs(tensors, num_sampled))
+            inputs = sampling_inputs(tensors, num_sampled)
+            result = self._sample(logits, slots, seq_lens, inputs, batch.token_masks)
         begin = num_sampled
         for row, _, _, targets in prompts:
             num_top = int(self.slots.num_prompt_logprobs[batch.slots[row]])

@@ -1,0 +1,91 @@
+"""Structured outputs: which tokens a grammar allows next, worked out by llguidance (the extra `structured`).
+
+The mask for a token hangs on the one before it, so while a request with a grammar runs, each step's tokens are read
+before the next step is scheduled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from minivllm.sampling_params import StructuredOutputsParams
+
+MAX_COMPILED = 64  # grammars kept for requests to come
+
+
+class Grammar:
+    """How far one request's output has come in its grammar."""
+
+    def __init__(self, matcher: Any, num_words: int) -> None:
+        self._matcher = matcher
+        self._num_words = num_words
+
+    def next_token_mask(self) -> np.ndarray:
+        """[vocab / 32] int32: bit i of word w is set if token 32 w + i may come next."""
+        import llguidance.numpy
+
+        mask = np.zeros((1, self._num_words), np.int32)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
+        return mask[0]
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; False if the grammar does not allow it."""
+        return bool(self._matcher.try_consume_tokens([token]) == 1 and not self._matcher.is_error())
+
+
+class GrammarCompiler:
+    """Makes grammars for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        try:
+            import llguidance.hf
+        except ImportError as error:
+            raise ValueError('structured_outputs needs llguidance; pip install "minivllm[structured]"') from error
+        ends = sorted(eos_token_ids)
+        if not ends:
+            raise ValueError("structured_outputs needs a model with an end-of-sequence token")
+        self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=ends)
+        self._num_words = -(-vocab_size // 32)
+        self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers at their beginning, the last used at the end
+
+    def start(self, params: StructuredOutputsParams) -> Grammar:
+        """A grammar at its beginning.  Raises ValueError, with llguidance's reason, for one that is not well-formed."""
+        from llguidance import LLMatcher
+
+        try:
+            source = _source(params)
+        except ValueError as error:
+            raise ValueError(f"structured_outputs: {error}") from error
+        if source not in self._compiled:
+            matcher = LLMatcher(self._tokenizer, source, log_level=0)
+            if matcher.is_error():
+                raise ValueError(f"structured_outputs: {matcher.get_error()}")
+            self._compiled[source] = matcher
+        self._compiled.move_to_end(source)
+        while len(self._compiled) > MAX_COMPILED:
+            self._compiled.popitem(last=False)
+        return Grammar(self._compiled[source].deep_copy(), self._num_words)
+
+
+def _source(params: StructuredOutputsParams) -> str:
+    """The grammar in llguidance's own form."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if params.regex is not None:
+        return LLMatcher.grammar_from_regex(params.regex)
+    if params.grammar is not None:
+        return LLMatcher.grammar_from_lark(any_to_lark(params.grammar))
+    if params.choice is not None:
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in params.choice))
+    schema: Any = {"type": "object"} if params.json is None else params.json
+    if isinstance(schema, str):
+        schema = json.loads(schema)
+    return LLMatcher.grammar_from_json_schema(
+        schema, overrides={"whitespace_flexible": not params.disable_any_whitespace}
+    )

@@ -1,0 +1,143 @@
+"""Structured outputs: what comes out follows the grammar, whatever runs beside it."""
+
+import json
+import re
+
+import pytest
+
+from minivllm import LLM, SamplingParams, StructuredOutputsParams
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 2, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+SUM = 'root ::= term ("+" term){1,3}\nterm ::= [0-9] | "(" root ")"'
+PROMPTS = ["Tell me about a person:", "Answer:", "I think that"]
+
+
+def is_person(text):
+    person = json.loads(text)
+    assert person.keys() == {"name", "age", "tags"} and len(person["name"]) <= 12 and 0 <= person["age"] <= 150
+    assert 2 <= len(person["tags"]) <= 3 and set(person["tags"]) <= {"red", "green", "blue"}
+
+
+def is_sum(text):
+    assert re.fullmatch(r"[0-9+()]+", text) and isinstance(eval(text), int)
+
+
+def is_compact_person(text):
+    is_person(text)
+    assert json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False) == text
+
+
+NUMBER = r"(\d{3}-){2}\d{4} (yes|no)"
+CITIES = ["Paris", 'a "quoted" one', "naïve", "no"]
+CASES = {
+    "json": (dict(json=SCHEMA), is_person),
+    "json as text": (dict(json=json.dumps(SCHEMA)), is_person),
+    "compact json": (dict(json=SCHEMA, disable_any_whitespace=True), is_compact_person),
+    "regex": (dict(regex=NUMBER), lambda text: re.fullmatch(NUMBER, text)[0]),
+    "choice": (dict(choice=CITIES), CITIES.index),
+    "gbnf": (dict(grammar=SUM), is_sum),
+    "lark": (
+        dict(grammar='start: "<" W ">"\nW: /[a-z]{2,5}/'),
+        lambda text: re.fullmatch("<[a-z]{2,5}>", text).group(),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=["sync", "async", "preempting"])
+def llm(request, embedded):
+    settings = {}
+    if request.param == "preempting":  # 7 blocks of 16 tokens
+        settings = dict(block_size=16, kv_cache_memory_bytes=7 * 16 * 4 * 2 * 30 * 3 * 64, max_model_len=140)
+    with LLM(embedded, device="cpu", async_scheduling=request.param != "sync", **settings) as llm:
+        yield llm
+        assert (llm.engine.scheduler.stats.num_preemptions > 0) == (request.param == "preempting")
+        assert llm.engine.scheduler.num_grammars == 0
+        llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_follow_the_grammar(llm, name):
+    """Greedy and drawn, two from one prompt, beside requests without a grammar, which give what they give alone."""
+    options, check = CASES[name]
+    guided = dict(structured_outputs=StructuredOutputsParams(**options), max_tokens=90)
+    free = SamplingParams(temperature=0, max_tokens=25)
+    params = [SamplingParams(temperature=0, **guided), free, SamplingParams(temperature=1, seed=5, n=2, **guided)]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    alone = llm.generate(PROMPTS[1], free, use_tqdm=False)[0].outputs[0]
+    assert outputs[1].outputs[0].token_ids == alone.token_ids
+    finished = [c for output in (outputs[0], outputs[2]) for c in output.outputs if c.finish_reason == "stop"]
+    assert len(finished) >= 2, "too few came to their end to say much"
+    for completion in finished:
+        check(completion.text)
+
+
+def test_any_object(llm):
+    params = SamplingParams(
+        temperature=1, seed=3, max_tokens=100, structured_outputs=StructuredOutputsParams(json_object=True), n=4
+    )
+    completions = llm.generate("An object: ", params, use_tqdm=False)[0].outputs
+    ended = [json.loads(c.text) for c in completions if c.finish_reason == "stop"]
+    assert ended and all(isinstance(value, dict) for value in ended)
+
+
+def test_options_that_leave_nothing_end_the_request(llm):
+    """It is aborted; the others go on.  min_tokens gives way to the grammar."""
+    choice = StructuredOutputsParams(choice=["no"])
+    params = [
+        SamplingParams(max_tokens=20, structured_outputs=choice, allowed_token_ids=[50]),
+        SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice, min_tokens=10, ignore_eos=True),
+    ]
+    outputs = [output.outputs[0] for output in llm.generate(PROMPTS[:2], params, use_tqdm=False)]
+    assert outputs[0].finish_reason == "abort"
+    assert (outputs[1].text, outputs[1].finish_reason) == ("no", "stop")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(), "must have one of json, regex, choice, grammar, json_object; got none"),
+        (dict(json={}, regex="a"), "got json, regex"),
+        (dict(json=3), "json must be a JSON schema"),
+        (dict(choice=[]), "choice must be a list of texts"),
+        (dict(regex=1), "regex must be a string"),
+    ],
+    ids=str,
+)
+def test_wrong_params(options, message):
+    with pytest.raises(ValueError, match=message):
+        StructuredOutputsParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(regex="(["), "regex parse error"),
+        (dict(json="{"), "structured_outputs: Expecting property name"),
+        (dict(json={"type": "nothing"}), "structured_outputs: "),
+        (dict(grammar="start: /a"), "structured_outputs: "),
+    ],
+    ids=str,
+)
+def test_grammars_that_are_not_well_formed(llm, options, message):
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**options))
+    with pytest.raises(ValueError, match=message):
+        llm.generate(PROMPTS[0], params, use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_without_a_tokenizer(tiny):
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(json_object=True))
+    with (
+        LLM(tiny("mha"), skip_tokenizer_init=True, device="cpu") as llm,
+        pytest.raises(ValueError, match="structured_outputs needs a tokenizer"),
+    ):
+        llm.generate([1], params, use_tqdm=False)
