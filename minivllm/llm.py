@@ -227,7 +227,7 @@ class LLM:
     def shutdown(self) -> None:
         """Free the model and its memory.  Another LLM can be made in the same process afterwards."""
         self._is_shut_down = True
-        self.engine.abort_requests(self.engine.request_ids)
+        self.engine.abort_requests(list(self.engine.request_ids))
         self._executor.shutdown()
 
     def __enter__(self) -> LLM:
@@ -307,7 +307,7 @@ class LLM:
                     for output in self.engine.step():
                         if output.request_id in self._inboxes:
                             self._inboxes[output.request_id].append(output)
-                unfinished = {i for i in unfinished if self.engine.has_request(i)}  # not those aborted elsewhere either
+                unfinished &= self.engine.request_ids  # those that ended or were aborted are gone
                 while inbox:
                     yield inbox.popleft()
         finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 from typing import Any, Protocol
 
 from minivllm.config import EngineConfig, ModelConfig
@@ -146,9 +146,9 @@ class Engine:
         return request_id in self._outputs.groups
 
     @property
-    def request_ids(self) -> list[str]:
+    def request_ids(self) -> KeysView[str]:
         """Of the unfinished requests."""
-        return list(self._outputs.groups)
+        return self._outputs.groups.keys()
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step is needed."""
@@ -178,8 +178,7 @@ class Engine:
         for result in results:
             progressed = self.scheduler.update(result)
             for request in progressed:
-                stop_string = self._outputs.find_stop(request)
-                if stop_string is not None:
+                if request.params.stop and (stop_string := self._outputs.find_stop(request)) is not None:
                     self.scheduler.stop(request, stop_string)
             outputs += self._outputs.outputs(progressed)
         return outputs

@@ -60,7 +60,7 @@ class OutputProcessor:
     def find_stop(self, request: Request) -> str | None:
         """The stop string that the request's newest token completes."""
         detokenizer = self._places[request][1].detokenizer
-        if detokenizer is None or not request.params.stop:
+        if detokenizer is None:
             return None
         self._detokenize(request, detokenizer)
         return detokenizer.find_stop(search=request.num_output_tokens > request.params.min_tokens)
@@ -69,6 +69,8 @@ class OutputProcessor:
         """The outputs that are due when `requests` got a token or ended."""
         changed: dict[str, list[Sample]] = {}
         for request in requests:
+            if request.params.output_kind == RequestOutputKind.FINAL_ONLY and not request.finished:
+                continue
             group, sample = self._places[request]
             changed.setdefault(group.request_id, []).append(sample)
         outputs = []
