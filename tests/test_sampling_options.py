@@ -269,11 +269,15 @@ def test_abort_of_n_outputs(tiny):
         engine.add_request("a", [1, 2, 3], SamplingParams(n=3, max_tokens=30))
         with pytest.raises(ValueError, match="request_id 'a' is in use"):
             engine.add_request("a", [1], SamplingParams())
+        engine.add_request("1_b", [1], SamplingParams(max_tokens=1))
+        with pytest.raises(ValueError, match="request_id 'b' is in use"):  # and none of its outputs is left queued
+            engine.add_request("b", [1], SamplingParams(n=2))
+        assert len(engine.scheduler.requests) == 4
         for _ in range(3):
             engine.step()
         (output,) = engine.abort_requests(["a", "a", "b"])
         assert output.finished and [c.finish_reason for c in output.outputs] == ["abort"] * 3
-        assert not engine.has_request("a") and not engine.abort_requests(["a"])
+        assert "a" not in engine.request_ids and not engine.abort_requests(["a"])
         while engine.has_unfinished_requests():
             engine.step()
         engine.scheduler.check_integrity()

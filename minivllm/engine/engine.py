@@ -105,11 +105,12 @@ class Engine:
     ) -> None:
         """Queue a request.  Raises ValueError, and changes nothing, if it cannot be run."""
         self.check_request(prompt_token_ids, params)
-        if request_id in self._outputs.groups:
+        own_ids = [request_id] if params.n == 1 else [f"{index}_{request_id}" for index in range(params.n)]
+        if request_id in self._outputs.groups or not self.scheduler.requests.keys().isdisjoint(own_ids):
             raise ValueError(f"request_id {request_id!r} is in use; choose another")
         bad_word_ids = self._bad_word_ids(params)
         requests = []
-        for index in range(params.n):
+        for index, own_id in enumerate(own_ids):
             self._num_requests += 1
             own = params
             if index > 0 and params.prompt_logprobs is not None:  # once is enough
@@ -117,7 +118,7 @@ class Engine:
                 own.prompt_logprobs = None
             requests.append(
                 Request(
-                    request_id if params.n == 1 else f"{index}_{request_id}",
+                    own_id,
                     prompt_token_ids,
                     own,
                     max_num_tokens=self._max_num_tokens(prompt_token_ids, params),
@@ -140,10 +141,6 @@ class Engine:
         for request in requests:
             self.scheduler.abort(request.request_id)
         return self._outputs.outputs(requests)
-
-    def has_request(self, request_id: str) -> bool:
-        """Whether the request is unfinished."""
-        return request_id in self._outputs.groups
 
     @property
     def request_ids(self) -> KeysView[str]:
