@@ -187,7 +187,7 @@ def test_rope_and_store_kv(heads, kv_heads, head_dim, qk_norm, dtype):
     """Against the torch backend; a slot of −1 writes nothing, all other slots keep what they had, and V gets finite."""
     tokens, block_size = 5, 16
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=DEVICE)
-    qkv[2, -1], qkv[3, -2] = float("nan"), float("-inf")
+    qkv[2, -1], qkv[3, -2], qkv[1, -head_dim] = float("nan"), float("-inf"), float("nan")
     cos_sin = torch.randn(40, head_dim, device=DEVICE)
     norms = tuple(torch.randn(head_dim, device=DEVICE).to(dtype) for _ in range(2))
     norms = (*norms, 1e-5) if qk_norm else None
@@ -199,7 +199,7 @@ def test_rope_and_store_kv(heads, kv_heads, head_dim, qk_norm, dtype):
     q = kernels.rope_and_store_kv(qkv, positions, cos_sin, *caches, slots, heads, norms)
     assert error(q, ref_q) < TOLERANCE[dtype] and caches[1].isfinite().all()
     for cache in (*caches, *expected):  # what the infinite became is a backend's own affair
-        cache[1, 1, -1, -1] = cache[0, 0, -1, -2] = 0
+        cache[1, 1, -1, -1] = cache[0, 0, -1, -2] = cache[2, 8, -1, 0] = 0
     for cache, ref in zip(caches, expected, strict=True):
         torch.testing.assert_close(cache, ref, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
