@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -99,6 +100,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete the prompts, all at once; one output a prompt, in their order.
 
+        Those with the largest max_tokens are started first: so the last to run are short ones, and the batch stays full
+        (longest processing time first; Graham 1969).
+
         prompts: one or a list of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
         sampling_params: one for all, or one a prompt; None: the model's defaults (`get_default_sampling_params`).
 
@@ -110,7 +114,7 @@ class LLM:
         with tqdm(total=len(requests), desc="Processed prompts", unit="req", disable=not use_tqdm) as bar:
             start = time.monotonic()
             num_in = num_out = 0
-            for output in self._run(requests):
+            for output in self._run(requests, longest_first=True):
                 done.append(output)
                 num_in += len(output.prompt_token_ids)
                 num_out += sum(len(completion.token_ids) for completion in output.outputs)
@@ -290,7 +294,7 @@ class LLM:
             raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
         return text, list(prompt)
 
-    def _run(self, requests: Sequence[CheckedRequest]) -> Iterator[RequestOutput]:
+    def _run(self, requests: Sequence[CheckedRequest], longest_first: bool = False) -> Iterator[RequestOutput]:
         """Queue requests and step the engine until they are done; abort what is left of them if that is cut short.
 
         Other calls may run meanwhile: whoever steps the engine puts each output where its own call finds it.
@@ -298,7 +302,10 @@ class LLM:
         inbox: deque[RequestOutput] = deque()
         request_ids = [str(next(self._request_ids)) for _ in requests]
         try:
-            for request_id, (token_ids, params, text) in zip(request_ids, requests, strict=True):
+            queue = list(zip(request_ids, requests, strict=True))
+            if longest_first:
+                queue.sort(key=lambda entry: -(entry[1][1].max_tokens or sys.maxsize))
+            for request_id, (token_ids, params, text) in queue:
                 self._inboxes[request_id] = inbox
                 self.engine.add_request(request_id, token_ids, params, text)
             unfinished = set(request_ids)

@@ -88,3 +88,4 @@ for dtype in (torch.bfloat16, torch.float32):
         for rows in (1, 16, 64):
             kernels.small_linear(torch.zeros(rows, 4096, dtype=dtype), torch.zeros(64, 4096, dtype=dtype), None)
     kernels.sample(x, torch.ones(2), torch.ones(2, dtype=torch.int64), lens[0], lens[0], lens[0])
+    kernels.truncate(x.float(), torch.ones(2), lens[0], torch.ones(2), torch.ones(2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minivllm import kernels
-from minivllm.backends.torch_backend import TorchBackend, gumbel_noise
+from minivllm.backends.torch_backend import TorchBackend
 from minivllm.runner.forward_batch import ForwardBatch
 from minivllm.runner.mixed_arrays import query_tiles
 
@@ -249,13 +249,26 @@ def test_sample(vocab_size):
     ref_last, last = int32([-1] * 7), int32([-1] * 7)
     ref = TorchBackend().sample(logits, *arguments, ref_last, slots)
     assert torch.equal(kernels.sample(logits, *arguments, last, slots), ref)
+    logits[2:, ::2] = float("-inf")
+    logits[3, 5] = float("inf")
+    ref = TorchBackend().sample(logits, *arguments, ref_last, slots)
+    assert torch.equal(kernels.sample(logits, *arguments, last, slots), ref) and ref[3] == 5
     assert ref[0] == 3 and torch.equal(last, ref_last) and last[6] == -1
 
 
-def test_gumbel_noise_is_a_fixed_function():
-    """Seeds must mean the same tomorrow."""
-    noise = gumbel_noise(torch.tensor([42]), torch.tensor([7], dtype=torch.int32), 4)[0]
-    torch.testing.assert_close(noise, torch.tensor(GOLDEN_NOISE))
-
-
-GOLDEN_NOISE = [-0.166388, -0.098927, 0.730256, 2.194967]
+@pytest.mark.parametrize("vocab_size", [50, 10000])
+def test_truncate(vocab_size):
+    """What the torch backend keeps, by each option and by all, with ties, −inf and an untouched row."""
+    options = [(1.0, 0, 1.0, 0.0), (0.7, 20, 1.0, 0.0), (1.3, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.3), (0.5, 30, 0.9, 0.01)]
+    options += [(0.0, 1, 1.0, 0.0), (1.0, 0, 1e-9, 0.0), (1.0, 10**9, 0.999, 0.0)]
+    columns = [torch.tensor(column, device=DEVICE) for column in zip(*options, strict=True)]
+    logits = 3 * torch.randn(len(options), vocab_size, device=DEVICE).bfloat16().float()  # some are equal
+    logits[:, 7] = float("-inf")
+    expected = logits.clone()
+    TorchBackend().truncate(expected, *columns)
+    kernels.truncate(logits, *columns)
+    share = (logits.double().softmax(-1) - expected.double().softmax(-1)).abs().sum(-1)
+    assert share.max() < 1e-4, "top_p's border may fall on the next token by rounding"
+    assert torch.equal(logits[[0, 1, 3, 5, 6]], expected[[0, 1, 3, 5, 6]])
+    num_kept = logits.isfinite().sum(1).tolist()
+    assert num_kept[0] == vocab_size - 1 and num_kept[5] <= 2 and 1 <= num_kept[2] < vocab_size - 1

@@ -628,6 +628,21 @@ def test_ctrl_c_before_the_first_step(either_llm, monkeypatch):
     assert not left
 
 
+def test_generate_starts_the_longest_first_and_keeps_the_order(either_llm, monkeypatch):
+    llm, _ = either_llm
+    started = []
+    original = llm.engine.add_request
+    monkeypatch.setattr(
+        llm.engine, "add_request", lambda *arguments: (started.append(arguments[2].max_tokens), original(*arguments))
+    )
+    limits = [3, 9, 12, 9, 1]
+    params = [SamplingParams(temperature=0, max_tokens=limit, ignore_eos=True) for limit in limits]
+    outputs = llm.generate([[1, 2, 3]] * 5, params, use_tqdm=False)
+    assert started == [12, 9, 9, 3, 1]
+    assert [len(output.outputs[0].token_ids) for output in outputs] == limits
+    assert [int(output.request_id) for output in outputs] == sorted(int(output.request_id) for output in outputs)
+
+
 def test_generate_in_another_thread(either_llm):
     llm, expected = either_llm
     found = []

@@ -13,7 +13,7 @@ from minivllm.backends import make_backend
 from minivllm.backends.torch_backend import gumbel_noise
 from minivllm.config import ModelConfig
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
-from minivllm.runner.logits import needs_processing, process_logits, truncate
+from minivllm.runner.logits import needs_processing, process_logits
 from minivllm.runner.sampler import SamplingInputs, sample
 from minivllm.runner.slots import Slots
 
@@ -37,7 +37,7 @@ def draw(logits, params, num_draws, seed=1234, num_prompt_tokens=7):
     )
     logits = logits.expand(num_draws, -1)
     if needs_processing(slots, rows, seq_lens):
-        logits = process_logits(logits, slots, rows, seq_lens, inputs.temperature)
+        logits = process_logits(BACKEND, logits, slots, rows, seq_lens, inputs.temperature)
     return sample(BACKEND, logits, inputs, torch.zeros(2, dtype=torch.int32)).long()
 
 
@@ -81,9 +81,11 @@ def test_goodness_of_fit(options, seed):
     p = expected_probabilities(LOGITS, **options)
     counts = torch.bincount(draw(LOGITS, SamplingParams(**options), NUM_DRAWS, seed), minlength=len(LOGITS))
     assert counts[p == 0].sum() == 0, "a token that is ruled out was drawn"
-    expected = p[p > 0] * NUM_DRAWS
-    chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum().item()
+    rare = p * NUM_DRAWS < 5  # taken together: the test is for counts that are about normal
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([p[~rare], p[rare].sum()[None]]) * NUM_DRAWS
     freedom = len(expected) - 1
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1)).sum().item()
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom), f"{counts.tolist()} for {(p * NUM_DRAWS).tolist()}"
 
 
@@ -93,6 +95,31 @@ def test_the_expectation_tells_options_apart():
     assert ((right - wrong) ** 2 / wrong).sum() * NUM_DRAWS > 7 + 5 * math.sqrt(14)
 
 
+def test_goodness_of_fit_across_splits_of_the_vocabulary():
+    """A vocabulary of several splits, the last one short; tokens counted by their remainder modulo 64."""
+    logits = torch.randn(9000, generator=torch.Generator().manual_seed(0))
+    logits[4096:8192] -= 2.0
+    p = torch.bincount(torch.arange(9000) % 64, logits.double().softmax(-1))
+    by_split = torch.bincount(torch.arange(9000) // 4096, logits.double().softmax(-1))
+    tokens = torch.cat([draw(logits, SamplingParams(), 4000, seed) for seed in range(4)])
+    for places, expected in ((tokens % 64, p), (tokens // 4096, by_split)):
+        expected = expected * len(tokens)
+        chi_square = ((torch.bincount(places, minlength=len(expected)) - expected) ** 2 / expected).sum().item()
+        freedom = len(expected) - 1
+        assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("vocab_size", [50, 5000])
+def test_only_what_is_possible_is_drawn(vocab_size):
+    """Infinite logits: +inf is certain, −inf is never drawn, whatever else there is."""
+    logits = torch.full((3, vocab_size), float("-inf"))
+    logits[0, 17] = logits[1, vocab_size - 1] = 0.0
+    logits[2] = 1.0
+    logits[2, 30] = float("inf")
+    for row, token in zip(logits, (17, vocab_size - 1, 30), strict=True):
+        assert set(draw(row, SamplingParams(), 200).tolist()) == {token}
+
+
 # ---- noise
 
 
@@ -100,7 +127,8 @@ def noise_grid(num_seeds, num_positions, vocab_size, first_seed=0):
     """[seeds, positions, vocab]"""
     seeds = torch.arange(first_seed, first_seed + num_seeds).repeat_interleave(num_positions)
     positions = torch.arange(num_positions, dtype=torch.int32).repeat(num_seeds)
-    return gumbel_noise(seeds, positions, vocab_size).view(num_seeds, num_positions, vocab_size)
+    ids = torch.arange(vocab_size, dtype=torch.int32)
+    return gumbel_noise(seeds, positions, ids).view(num_seeds, num_positions, vocab_size)
 
 
 def test_noise_is_gumbel():
@@ -139,12 +167,18 @@ def test_neighbouring_noise_is_independent(dim, shift):
 
 
 def test_noise_of_a_seed_and_position_is_always_the_same():
+    """Seeds must mean the same tomorrow."""
     rows = [(3, 0), (3, 1), (2**40 + 3, 0), (-5, 9)]
-    together = gumbel_noise(*(torch.tensor(column) for column in zip(*rows, strict=True)), 100)
+    together = gumbel_noise(*(torch.tensor(column) for column in zip(*rows, strict=True)), torch.arange(100).int())
     assert len({tuple(row) for row in together.tolist()}) == len(rows)
+    torch.testing.assert_close(together[:, :2], torch.tensor(GOLDEN_NOISE), rtol=0, atol=1e-5)
     for (seed, position), row in zip(rows, together, strict=True):
-        alone = gumbel_noise(torch.tensor([seed]), torch.tensor([position], dtype=torch.int32), 50)
-        assert torch.equal(alone[0], row[:50])
+        ids = torch.arange(50, 60).int()
+        alone = gumbel_noise(torch.tensor([seed]), torch.tensor([position], dtype=torch.int32), ids)
+        assert torch.equal(alone[0], row[50:60])
+
+
+GOLDEN_NOISE = [[2.389395, -0.467971], [2.766055, -0.169226], [-0.061127, 0.891624], [0.495032, 0.607503]]
 
 
 # ---- greedy
@@ -174,7 +208,7 @@ def test_greedy_is_exact_among_truncated_rows():
     every = [SamplingParams(temperature=0, top_k=1), SamplingParams(top_k=1, seed=1), SamplingParams(temperature=0)]
     slots.apply(ScheduledBatch(admitted=[AdmittedRequest(i, [0], 1, params, i, []) for i, params in enumerate(every)]))
     rows, seq_lens = np.arange(3, dtype=np.int32), np.ones(3, np.int32)
-    masked = process_logits(logits, slots, rows, seq_lens, torch.from_numpy(slots.temperature[rows]))
+    masked = process_logits(BACKEND, logits, slots, rows, seq_lens, torch.from_numpy(slots.temperature[rows]))
     assert masked.argmax(-1).tolist() == logits.argmax(-1).tolist()
     assert torch.equal(masked[2], logits[2])
 
@@ -186,7 +220,7 @@ def truncated(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Which tokens `truncate` keeps: [rows, vocab] bool."""
     column = logits.new_ones(len(logits))
     kept = logits.clone()
-    truncate(kept, column * temperature, (column * top_k).int(), column * top_p, column * min_p)
+    BACKEND.truncate(kept, column * temperature, (column * top_k).int(), column * top_p, column * min_p)
     assert torch.equal(kept[kept.isfinite()], logits[kept.isfinite()]), "what is kept is not changed"
     return kept.isfinite()
 
@@ -218,13 +252,20 @@ def test_truncation_is_that_of_transformers(options, warpers, temperature):
     assert torch.equal(truncated(logits, temperature, **options), expected.isfinite())
 
 
+def test_equal_logits_are_kept_or_dropped_together():
+    logits = torch.tensor([[2.0, 1.0, 3.0, 1.0, 1.0, 0.0]])
+    assert truncated(logits, top_k=3).tolist() == [[True, True, True, True, True, False]]
+    assert truncated(logits, top_p=0.75).tolist() == [[True, False, True, False, False, False]]
+    assert truncated(logits, top_p=0.8).tolist() == [[True, True, True, True, True, False]]
+
+
 def test_each_row_is_truncated_by_its_own_options():
     logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
     options = [dict(), dict(top_k=3), dict(top_p=0.3), dict(min_p=0.5)]
     names = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     columns = [torch.tensor([{**names, **row}[name] for row in options]) for name in names]
     together = logits.clone()
-    truncate(together, *columns)
+    BACKEND.truncate(together, *columns)
     for i, row in enumerate(options):
         assert torch.equal(together[i].isfinite(), truncated(logits[i : i + 1], **row)[0])
     assert together[0].isfinite().all()
@@ -246,7 +287,7 @@ def test_ended_tokens_are_banned_before_min_tokens():
     rows = np.array([0, 0, 0, 0, 1], np.int32)
     seq_lens = np.array([5, 6, 7, 8, 5], np.int32)  # the row's token is output token 0, 1, 2, 3 and 0
     logits = torch.zeros(5, 6)
-    masked = process_logits(logits, slots, rows, seq_lens, torch.ones(5))
+    masked = process_logits(BACKEND, logits, slots, rows, seq_lens, torch.ones(5))
     banned = torch.zeros(5, 6, dtype=torch.bool)
     banned[:3, [1, 4]] = True
     assert torch.equal(masked == float("-inf"), banned) and torch.equal(logits, torch.zeros(5, 6))

@@ -8,7 +8,7 @@ import pytest
 from minivllm.engine.batch import StepResult
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.request import Request
-from minivllm.engine.scheduler import Scheduler
+from minivllm.engine.scheduler import RIDING_TOKENS, Scheduler
 from minivllm.sampling_params import SamplingParams
 
 
@@ -182,6 +182,19 @@ def test_running_requests_come_first_and_waiting_ones_get_what_is_left():
     assert (first.slots, first.num_scheduled) == ([a.slot, b.slot], [4, 1])
     assert (second.slots, second.num_scheduled, second.num_decodes) == ([a.slot, b.slot], [1, 4], 1)
     assert third.num_tokens == 5
+
+
+@pytest.mark.parametrize(("max_tokens", "taken"), [(3000, 5000), (2000, RIDING_TOKENS - 1)])
+def test_prompts_that_hold_nobody_up_ride_along(max_tokens, taken):
+    """A request that will end before the one that decodes is computed beside it in smaller steps; others at once."""
+    scheduler = make_scheduler(num_blocks=4000, budget=8000)
+    add(scheduler, "long", range(10), max_tokens=2500)
+    assert step(scheduler).num_scheduled == [10]
+    short = add(scheduler, "short", range(20, 5020), max_tokens=max_tokens)
+    assert step(scheduler).num_scheduled == [1, taken]
+    scheduler.abort("long")
+    left = 5000 - short.num_computed_tokens
+    assert not left or step(scheduler).num_scheduled == [left], "alone, it has the whole budget"
 
 
 def test_first_come_first_served():

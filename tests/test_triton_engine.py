@@ -50,6 +50,7 @@ def test_warm_up_runs(monkeypatch, changes):
         "_plan",
         "_sample_split",
         "_sample_pick",
+        "_truncate",
         "_rms_norm",
         "_silu_and_mul",
         "_rope_kv",

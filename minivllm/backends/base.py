@@ -72,4 +72,19 @@ class Backend(ABC):
         slots: torch.Tensor,
     ) -> torch.Tensor:
         """A token a row of logits [R, vocab], greedy where temperature is 0, also stored as last_token[slots].
-        Stateless: noise is a hash of (seed, position in the output, token id).  Returns [R] int32."""
+        Stateless: the random numbers are a hash of (seed, position in the output).  Returns [R] int32."""
+
+    @abstractmethod
+    def truncate(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+    ) -> None:
+        """Set to −inf, in place, what min_p, then top_k, then top_p (Holtzman et al. 2020) rule out, in vLLM's order.
+        Equal logits are kept or dropped together.
+
+        logits: [R, vocab] float32; the others: [R], top_k ≤ 0, top_p = 1 and min_p = 0 meaning off; a temperature of 0
+        counts as 1."""

@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from minivllm.backends.base import Backend, KVCache, QKNorm
 from minivllm.runner.forward_batch import ForwardBatch
 
+SPLIT_SIZE = 4096  # of the vocabulary, as in kernels/sample.py
+FIRST_SPLIT = 1 << 30  # ids of the noise of splits
+NEVER = float("-inf")
+
 
 @dataclass(slots=True)
 class TorchPlan:
@@ -155,14 +159,34 @@ class TorchBackend(Backend):
         slots: torch.Tensor,
     ) -> torch.Tensor:
         logits = logits.float()
+        tokens = logits.argmax(-1)
         drawn = temperature > 0
         if drawn.any():
-            noise = gumbel_noise(seeds[drawn], positions[drawn], logits.shape[1])
-            logits = logits.clone()
-            logits[drawn] = logits[drawn] * (1 / temperature[drawn, None]) + noise
-        tokens = logits.argmax(-1).to(torch.int32)
+            tokens[drawn] = _draw(logits[drawn] / temperature[drawn, None], seeds[drawn], positions[drawn])
+        tokens = tokens.to(torch.int32)
         last_token[slots] = tokens
         return tokens
+
+    def truncate(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+    ) -> None:
+        vocab_size = logits.shape[1]
+        temperature = torch.where(temperature > 0, temperature, 1.0)[:, None]
+        values = logits.sort(-1, descending=True).values
+        # p < min_p · p_best  <=>  logit < best + temperature · log(min_p)
+        lowest = values[:, :1] + temperature * min_p.log()[:, None]
+        k = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size)
+        lowest = lowest.maximum(values.gather(1, k.long()[:, None] - 1))
+        probabilities = (values / temperature).masked_fill(values < lowest, NEVER).softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # mass of the more likely tokens
+        within = ((before < top_p[:, None]) | (top_p >= 1)[:, None]).sum(-1, keepdim=True).clamp(min=1)
+        lowest = lowest.maximum(values.gather(1, within - 1))
+        logits.masked_fill_(logits < lowest, NEVER)
 
 
 def _decode_groups(
@@ -187,16 +211,39 @@ def _decode_groups(
         yield rows, batch.block_tables[rows, :columns], mask[:, None, None, :]
 
 
-def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise, a hash of (seed, position, token id): the noise of kernels/sample.py.
+def _draw(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Tokens drawn from softmax(logits), first a split of the vocabulary, then inside it, as in kernels/sample.py.
 
-    seeds: [R] int64; positions: [R] int32.  Returns [R, vocab_size] float32.
+    logits: [R, vocab]; seeds: [R] int64; positions: [R] int32.  Returns [R] int64."""
+    num_rows, vocab_size = logits.shape
+    num_splits, size = -(-vocab_size // SPLIT_SIZE), min(SPLIT_SIZE, vocab_size)
+    values = F.pad(logits, (0, num_splits * size - vocab_size), value=NEVER).view(num_rows, num_splits, size)
+    tops = values.amax(-1)
+    values = _below_top(values)
+    splits = torch.arange(num_splits, dtype=torch.int32, device=logits.device)
+    mass = values.exp().sum(-1).log() + _below_top(tops)
+    split = (mass + gumbel_noise(seeds, positions, splits + FIRST_SPLIT)).argmax(-1)
+    ids = split[:, None].int() * SPLIT_SIZE + torch.arange(size, dtype=torch.int32, device=logits.device)
+    chosen = values[torch.arange(num_rows, device=logits.device), split].masked_fill(ids >= vocab_size, NEVER)
+    return split * SPLIT_SIZE + (chosen + gumbel_noise(seeds, positions, ids)).argmax(-1)
+
+
+def _below_top(values: torch.Tensor) -> torch.Tensor:
+    """value − the largest of its row; 0 for that one, also where it is infinite."""
+    top = values.amax(-1, keepdim=True)
+    return torch.where(values == top, 0.0, values - top)
+
+
+def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, a hash of (seed, position, id): the noise of kernels/sample.py.
+
+    seeds: [R] int64; positions: [R] int32; ids: [N] or [R, N] int32.  Returns [R, N] float32.
     """
-    low, high = _as_int32(seeds), _as_int32(seeds >> 32)
-    key = _mix(_mix(low ^ -0x61C88647) + positions.to(torch.int32))  # −0x61C88647 is 0x9E3779B9
-    second = _mix(key + high)
-    ids = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device)
-    bits = _mix(_mix(ids ^ key[:, None]) + second[:, None]) >> 1 & 0x7FFFFFFF
+    a = _mix(_as_int32(seeds) ^ -0x61C88647)  # 0x9E3779B9
+    b = _mix(_as_int32(seeds >> 32) + a)
+    place = positions.to(torch.int32)
+    second = _mix(b ^ _mix(place ^ -0x7A143595))  # 0x85EBCA6B
+    bits = _mix(_mix(_mix(a + place)[:, None] ^ ids) + second[:, None]) >> 1 & 0x7FFFFFFF
     u = (bits.float() + 0.5) * 4.656612873077393e-10
     exponential = torch.where(u < 1e-3, u + 0.5 * u * u, -torch.log(1.0 - u.clamp(max=0.9999999)))
     return -torch.log(exponential)

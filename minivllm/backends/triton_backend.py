@@ -77,6 +77,16 @@ class TritonBackend(Backend):
     ) -> torch.Tensor:
         return kernels.sample(logits, temperature, seeds, positions, last_token, slots)
 
+    def truncate(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor,
+        top_p: torch.Tensor,
+        min_p: torch.Tensor,
+    ) -> None:
+        kernels.truncate(logits, temperature, top_k, top_p, min_p)
+
 
 @functools.cache
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ may be given out again at once, since the runner executes steps in order.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.request import Request
+
+RIDING_TOKENS = 1280  # of a step whose prompts only ride along; fewer would leave matrix products short of work
 
 
 @dataclass(slots=True)
@@ -83,7 +86,7 @@ class Scheduler:
         batch = ScheduledBatch()
         decodes: list[tuple[Request, int]] = []
         prefills: list[tuple[Request, int]] = []
-        budget = self.max_num_batched_tokens
+        budget = self._budget()
         preempted = False
         i = 0
         while i < len(self.running) and budget > 0:
@@ -205,6 +208,22 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.max_num_seqs)), "a slot leaked or is shared"
         assert {*self.waiting, *self.running} == set(self.requests.values()), "a request is in no queue"
         assert not any(request.block_ids or request.slot >= 0 for request in self.waiting)
+
+    def _budget(self) -> int:
+        """How many tokens the next step may take.
+
+        Prompts of requests that will end before the longest of those that decode hold nobody up.  They ride along,
+        spread over more steps, with decodes that need the weights read anyway, and let these wait less.
+        """
+        decoding = [r for r in self.running if r.num_computed_tokens >= r.num_admitted_tokens]
+        prompts = [r for r in self.running if r.num_computed_tokens < r.num_admitted_tokens] or list(
+            itertools.islice(self.waiting, 1)
+        )
+        if decoding and prompts:
+            longest, needed = (max(r.max_num_tokens - r.num_tokens for r in group) for group in (decoding, prompts))
+            if needed < longest:
+                return min(self.max_num_batched_tokens, max(RIDING_TOKENS, 2 * len(decoding)))
+        return self.max_num_batched_tokens
 
     def _admit(self, request: Request, batch: ScheduledBatch) -> bool:
         """Move the first waiting request to the running ones, if the blocks for all its tokens are free."""

@@ -10,6 +10,7 @@ from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, pl
 from minivllm.kernels.prefill import QUERY_TILE, paged_attention_prefill
 from minivllm.kernels.rope_kv import rope_and_store_kv
 from minivllm.kernels.sample import sample
+from minivllm.kernels.truncate import truncate
 
 __all__ = [
     "QUERY_TILE",
@@ -24,4 +25,5 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "small_linear",
+    "truncate",
 ]

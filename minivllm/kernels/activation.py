@@ -25,8 +25,8 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up.  gate_up: [rows, 2 · size], gate first; returns [rows, size]."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    block = 1024
+    block, num_warps = (1024, 4) if rows <= 64 else (2048, 8)  # measured on H100
     _silu_and_mul_kernel[(rows, triton.cdiv(size, block))](
-        gate_up, out, SIZE=size, BLOCK=block, num_warps=4, **launch_options(gate_up.device)
+        gate_up, out, SIZE=size, BLOCK=block, num_warps=num_warps, **launch_options(gate_up.device)
     )
     return out

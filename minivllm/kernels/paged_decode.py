@@ -69,6 +69,23 @@ def _plan_kernel(
         tl.store(tile + 3, seq_len - token, t < count)
 
 
+@triton.jit
+def _stretch(worker, num_workers, num_tiles):
+    """A worker's part of `num_tiles` tiles: its first, how many.  The first ones take the tile more, if any."""
+    share = num_tiles // num_workers
+    longer = num_tiles % num_workers
+    return worker * share + tl.minimum(worker, longer), share + (worker < longer).to(tl.int32)
+
+
+@triton.jit
+def _owner(tile, num_workers, num_tiles):
+    """The worker in whose stretch `tile` lies."""
+    share = num_tiles // num_workers
+    longer = num_tiles % num_workers
+    after = tile - longer * (share + 1)
+    return tl.where(after < 0, tile // (share + 1), longer + after // tl.maximum(share, 1))
+
+
 @triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
     q, k_cache, v_cache, out, block_tables, tiles, total, partial, partial_ml, scale_log2e, window,
@@ -82,9 +99,7 @@ def _decode_kernel(
     num_tiles = tl.load(total)
     if num_tiles == 0:
         return
-    share = tl.cdiv(num_tiles * HEADS, tl.num_programs(0))
-    start = worker * share
-    count = tl.minimum(share, num_tiles * HEADS - start)
+    start, count = _stretch(worker, tl.num_programs(0), num_tiles * HEADS)
     head = start // num_tiles
     i = start % num_tiles
     offs_m = tl.arange(0, BLOCK_M)
@@ -155,16 +170,17 @@ def _reduce_kernel(
     """Add up the pieces of the (row, head) that this worker began and left to others to finish, if there is one."""
     worker = tl.program_id(0)
     num_tiles = tl.load(total)
-    share = tl.maximum(tl.cdiv(num_tiles * HEADS, tl.num_programs(0)), 1)
-    final = (worker + 1) * share - 1  # the worker's last tile
-    i = final % tl.maximum(num_tiles, 1)
+    start, count = _stretch(worker, tl.num_programs(0), num_tiles * HEADS)
+    final = start + count - 1  # the worker's last tile
+    i = tl.maximum(final, 0) % tl.maximum(num_tiles, 1)
     row = tl.load(tiles + i * 4).to(tl.int64)
     t = tl.load(tiles + i * 4 + 1)
     left = tl.load(tiles + i * 4 + 3)
     wait_for_inputs(PDL)
-    if (final >= num_tiles * HEADS) | (left <= TILE) | (t >= share):
+    if (count == 0) | (left <= TILE) | (t >= count):
         return
-    last = (final + tl.cdiv(left, TILE) - 1) // share
+    end = final + tl.cdiv(left, TILE) - 1  # the last tile of the (row, head)
+    last = _owner(end, tl.num_programs(0), num_tiles * HEADS)
     member = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_p = tl.arange(0, PIECES)
@@ -260,6 +276,7 @@ def paged_attention_decode(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     num_workers = plan.partial.shape[0]
+    options = launch_options(q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_m = max(16, triton.next_power_of_2(group))
     # The workers of a multiprocessor share its memory.  A tile in flight takes as many stages of Triton's pipeline as
@@ -269,14 +286,13 @@ def paged_attention_decode(
     stages = 1 + (2 if block_size % TILE == 0 else 3) * buffers
     _decode_kernel[(num_workers,)](
         q, k_cache, v_cache, out, block_tables, plan.tiles, plan.total, plan.partial, plan.partial_ml, scale * LOG2E,
-        plan.window, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
-        out.stride(0), out.stride(1),
+        plan.window, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        block_tables.stride(0), out.stride(0), out.stride(1),
         HEADS=kv_heads, GROUP=group, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size,
-        TILE=TILE, STAGES=stages, num_warps=NUM_WARPS, **launch_options(q.device),
+        TILE=TILE, STAGES=stages, num_warps=NUM_WARPS, **options,
     )  # fmt: skip
     _reduce_kernel[(num_workers, group)](
         out, plan.tiles, plan.total, plan.partial, plan.partial_ml, out.stride(0), out.stride(1),
-        HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, TILE=TILE, PIECES=8, num_warps=1,
-        **launch_options(q.device),
+        HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, TILE=TILE, PIECES=8, num_warps=1, **options,
     )  # fmt: skip
     return out

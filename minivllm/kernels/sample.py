@@ -1,10 +1,13 @@
-"""Greedy and Gumbel-max sampling (argmax of logits / temperature + Gumbel noise draws from the softmax; Gumbel 1954).
+"""Greedy sampling, and sampling from softmax(logits / temperature).
 
-Randomness is stateless: the noise of a token is a hash of (seed, output position, token id), so a request draws the
-same tokens alone or in a batch, and again after preemption.  The hash is two rounds of a 32-bit mixer (Wellons,
-"Prospecting for Hash Functions"); `backends/torch_backend.py` computes the same noise bit for bit.
+The vocabulary is cut into splits of SPLIT_SIZE tokens.  A first kernel finds the maximum of each split and, for rows
+that are drawn, the sum of exp((logit − maximum) / temperature) over it.  A second one draws the split by these sums,
+and then the token inside it: so the logits are read once, and one split of them twice.  Both are drawn as the argmax of
+log weight + Gumbel noise (Gumbel 1954), which a rounding error in the logits seldom changes.
 
-The vocabulary is cut into SPLITS parts a row; a second kernel picks the best of them, and of equals the lowest id.
+Randomness is stateless: noise is a hash of (seed, output position, id), so a request draws the same tokens alone or in
+a batch, and again after preemption.  The hash is made of a 32-bit mixer (Wellons, "Prospecting for Hash Functions");
+`backends/torch_backend.py` computes the same.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import triton.language as tl
 
 from minivllm.kernels.device import launch_options, wait_for_inputs
 
-SPLIT_SIZE = 8192
+SPLIT_SIZE = 4096
+NO_TOKEN = tl.constexpr(0x7FFFFFFF)
+LOG2E = tl.constexpr(1.4426950408889634)
+FIRST_SPLIT = tl.constexpr(1 << 30)  # ids of the noise of splits
 
 
 @triton.jit
@@ -30,54 +36,69 @@ def _mix(x):
 
 @triton.jit
 def _gumbel(seed, position, ids):
-    low = (seed & 0xFFFFFFFF).to(tl.uint32)
-    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    key = _mix(_mix(low ^ 0x9E3779B9) + position.to(tl.uint32))
-    second = _mix(key + high)
-    bits = _mix(_mix(ids.to(tl.uint32) ^ key) + second) >> 1
+    a = _mix((seed & 0xFFFFFFFF).to(tl.uint32) ^ 0x9E3779B9)
+    b = _mix(((seed >> 32) & 0xFFFFFFFF).to(tl.uint32) + a)
+    place = position.to(tl.uint32)
+    bits = _mix(_mix(_mix(a + place) ^ ids.to(tl.uint32)) + _mix(b ^ _mix(place ^ 0x85EBCA6B))) >> 1
     u = (bits.to(tl.float32) + 0.5) * 4.656612873077393e-10  # in (0, 1), fine near 0, where the winners are
     exponential = tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - tl.minimum(u, 0.9999999)))
     return -tl.log(exponential)
 
 
+@triton.jit
+def _weights(value, top, temperature):
+    """exp((value − top) / temperature); 1 at the top, also where that is infinite."""
+    return tl.where(value == top, 1.0, tl.exp2((value - top) * (LOG2E / temperature)))
+
+
 @triton.jit(do_not_specialize=["vocab_size"])
 def _sample_split_kernel(
-    logits, temperature, seeds, positions, best_value, best_id, stride, vocab_size,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits, temperature, split_top, split_id, split_mass, stride, vocab_size,
+    SPLITS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     split = tl.program_id(1)
+    ids = split * SPLIT + tl.arange(0, SPLIT)
     wait_for_inputs(PDL)
     temp = tl.load(temperature + row)
-    inverse = tl.div_rn(1.0, tl.where(temp > 0, temp, 1.0))
-    seed = tl.load(seeds + row)
-    position = tl.load(positions + row)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_ids = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
-    for start in range(0, SPLIT, BLOCK):
-        ids = split * SPLIT + start + tl.arange(0, BLOCK)
-        value = tl.load(logits + row.to(tl.int64) * stride + ids, ids < vocab_size, float("-inf")).to(tl.float32)
-        if temp > 0:
-            value = value * inverse + _gumbel(seed, position, ids)
-        better = (value > best) & (ids < vocab_size)
-        best = tl.where(better, value, best)
-        best_ids = tl.where(better, ids, best_ids)
-    top = tl.max(best, 0)
-    tl.store(best_value + row * SPLITS + split, top)
-    tl.store(best_id + row * SPLITS + split, tl.min(tl.where(best == top, best_ids, 0x7FFFFFFF), 0))
+    value = tl.load(logits + row.to(tl.int64) * stride + ids, ids < vocab_size, float("-inf")).to(tl.float32)
+    top = tl.max(value, 0)
+    place = row * SPLITS + split
+    tl.store(split_top + place, top)
+    tl.store(split_id + place, tl.min(tl.where(value == top, ids, NO_TOKEN), 0))  # of equals, the lowest
+    if temp > 0:
+        tl.store(split_mass + place, tl.sum(tl.where(ids < vocab_size, _weights(value, top, temp), 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_size"])
 def _sample_pick_kernel(
-    best_value, best_id, tokens, last_token, slots, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    logits, temperature, seeds, positions, split_top, split_id, split_mass, tokens, last_token, slots, stride,
+    vocab_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
-    offs = tl.arange(0, BLOCK)
+    splits = tl.arange(0, BLOCK)
+    places = row * SPLITS + splits
     wait_for_inputs(PDL)
-    value = tl.load(best_value + row * SPLITS + offs, offs < SPLITS, float("-inf"))
-    ids = tl.load(best_id + row * SPLITS + offs, offs < SPLITS, 0x7FFFFFFF)
-    token = tl.min(tl.where(value == tl.max(value, 0), ids, 0x7FFFFFFF), 0)
-    token = tl.where(token == 0x7FFFFFFF, 0, token)  # a row of NaN has no maximum
+    temp = tl.load(temperature + row)
+    tops = tl.load(split_top + places, splits < SPLITS, float("-inf"))
+    ids = tl.load(split_id + places, splits < SPLITS, NO_TOKEN)
+    top = tl.max(tops, 0)
+    token = tl.min(tl.where(tops == top, ids, NO_TOKEN), 0)
+    if temp > 0:
+        seed = tl.load(seeds + row)
+        position = tl.load(positions + row)
+        mass = tl.load(split_mass + places, splits < SPLITS, 0.0) * _weights(tops, top, temp)
+        score = tl.log(mass) + _gumbel(seed, position, splits + FIRST_SPLIT)
+        score = tl.where(mass > 0, score, float("-inf"))
+        split = tl.min(tl.where(score == tl.max(score, 0), splits, BLOCK - 1), 0)
+        split_best = tl.max(tl.where(splits == split, tops, float("-inf")), 0)
+        inside = split * SPLIT + tl.arange(0, SPLIT)
+        value = tl.load(logits + row.to(tl.int64) * stride + inside, inside < vocab_size, float("-inf")).to(tl.float32)
+        score = tl.where(value == split_best, 0.0, (value - split_best) / temp) + _gumbel(seed, position, inside)
+        score = tl.where(inside < vocab_size, score, float("-inf"))
+        drawn = tl.min(tl.where(score == tl.max(score, 0), inside, NO_TOKEN), 0)
+        token = tl.where(drawn == NO_TOKEN, token, drawn)
+    token = tl.where(token == NO_TOKEN, 0, token)  # a row of NaN has no maximum
     tl.store(tokens + row, token)
     tl.store(last_token + tl.load(slots + row), token)
 
@@ -97,17 +118,18 @@ def sample(
     """
     rows, vocab_size = logits.shape
     splits = triton.cdiv(vocab_size, SPLIT_SIZE)
-    best_value = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
-    best_id = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    split_top = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
+    split_id = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
+    split_mass = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
     options = launch_options(logits.device)
     _sample_split_kernel[(rows, splits)](
-        logits, temperature, seeds, positions, best_value, best_id, logits.stride(0), vocab_size,
-        SPLITS=splits, SPLIT=SPLIT_SIZE, BLOCK=1024, num_warps=4,
-        **options,
+        logits, temperature, split_top, split_id, split_mass, logits.stride(0), vocab_size,
+        SPLITS=splits, SPLIT=SPLIT_SIZE, num_warps=4, **options,
     )  # fmt: skip
     _sample_pick_kernel[(rows,)](
-        best_value, best_id, tokens, last_token, slots, SPLITS=splits, BLOCK=triton.next_power_of_2(splits),
-        num_warps=1, **options,
+        logits, temperature, seeds, positions, split_top, split_id, split_mass, tokens, last_token, slots,
+        logits.stride(0), vocab_size,
+        SPLITS=splits, BLOCK=triton.next_power_of_2(splits), SPLIT=SPLIT_SIZE, num_warps=4, **options,
     )  # fmt: skip
     return tokens

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from minivllm.backends import Backend
 from minivllm.engine.batch import TokenLogprobs
 from minivllm.runner.slots import Slots
 
@@ -25,6 +26,7 @@ def needs_processing(slots: Slots, rows: np.ndarray, seq_lens: np.ndarray) -> bo
 
 
 def process_logits(
+    backend: Backend,
     logits: torch.Tensor,
     slots: Slots,
     rows: np.ndarray,
@@ -63,30 +65,8 @@ def process_logits(
         top_k, top_p, min_p = (
             to_device(values[rows], logits.device) for values in (slots.top_k, slots.top_p, slots.min_p)
         )
-        truncate(logits, temperature, top_k, top_p, min_p)
+        backend.truncate(logits, temperature, top_k, top_p, min_p)
     return logits
-
-
-def truncate(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> None:
-    """Set to −inf, in place, what min_p, then top_k, then top_p (Holtzman et al. 2020) rule out, in vLLM's order.
-
-    logits: [R, vocab] float32; the others: [R], top_k ≤ 0, top_p = 1 and min_p = 0 meaning off.
-    """
-    scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    best = scaled.amax(-1, keepdim=True)
-    # p < min_p · p_best  <=>  logit < best + log(min_p)
-    scaled.masked_fill_(scaled < best + min_p.clamp(min=1e-30).log()[:, None], NEVER)
-    values, order = scaled.sort(-1, descending=True)
-    ranks = torch.arange(values.shape[1], device=values.device)
-    limit = torch.where(top_k > 0, top_k, values.shape[1])
-    values.masked_fill_(ranks[None, :] >= limit[:, None], NEVER)
-    probabilities = values.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of the more likely tokens
-    values.masked_fill_((before >= top_p[:, None]) & (top_p < 1)[:, None] & (ranks > 0), NEVER)
-    dropped = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, order, values == NEVER)
-    logits.masked_fill_(dropped, NEVER)
 
 
 def _apply_masks(logits: torch.Tensor, token_masks: Sequence[tuple[int, np.ndarray]]) -> None:

@@ -18,7 +18,7 @@ from minivllm.loading.weights import WeightSource, fill_dummy, load_weights
 from minivllm.models import model_class
 from minivllm.runner.cuda_graph import StepGraphs, graph_sizes, mixed_graph_sizes
 from minivllm.runner.forward_batch import ForwardBatch
-from minivllm.runner.logits import needs_processing, process_logits, to_device, token_logprobs, truncate
+from minivllm.runner.logits import needs_processing, process_logits, to_device, token_logprobs
 from minivllm.runner.memory import allocate_kv_cache, kv_cache_blocks
 from minivllm.runner.mixed_arrays import MAX_PADDED_PREFILLS, mixed_arrays, prompt_part
 from minivllm.runner.pending_step import PendingStep, Sampled
@@ -126,7 +126,7 @@ class ModelRunner:
         if token_masks or needs_processing(self.slots, rows, seq_lens):
             tokens = None
             processed = process_logits(
-                logits, self.slots, rows, seq_lens, inputs.temperature, self.history, token_masks
+                self.backend, logits, self.slots, rows, seq_lens, inputs.temperature, self.history, token_masks
             )
         if tokens is None:
             tokens = sample(self.backend, processed, inputs, self.last_token)
@@ -296,6 +296,6 @@ class ModelRunner:
         size = self.slots.padding
         _, logits = self._decode(self._decode_padding(size))
         ones = torch.ones(size, device=self.device)
-        truncate(logits.float(), ones, ones.int(), ones, ones)
+        self.backend.truncate(logits.float(), ones, ones.int(), ones, ones)
         if use_graphs:
             self._capture(self.sizes[-1:], self.mixed_sizes[-1:])

@@ -48,6 +48,10 @@ def compile_kernels(
         logits, longs = zeros(2, config.vocab_size), zeros(2, dtype=torch.int64)
         backend.sample(logits, zeros(2, dtype=torch.float32), longs, ints(0, 0), ints(0, 0), ints(0, 1))
 
+    def truncate() -> None:
+        ones = torch.ones(1, device=device)
+        backend.truncate(zeros(1, config.vocab_size, dtype=torch.float32), ones, ones.int(), ones, ones)
+
     x, norm_weight = zeros(ROWS[-1], hidden), zeros(hidden)
     weight = zeros(max(4096, hidden), hidden)
     caches = (zeros(1, block_size, kv_heads, head_dim), zeros(1, block_size, kv_heads, head_dim))
@@ -61,9 +65,11 @@ def compile_kernels(
         *(lambda window=window: attend(prefill, window) for window in windows),  # type: ignore[misc]
         lambda: attend(decode, windows[0]),
         sample,
+        truncate,
         lambda: backend.rms_norm(x, norm_weight, config.rms_norm_eps),
         lambda: backend.add_rms_norm(x, x.clone(), norm_weight, config.rms_norm_eps),
         lambda: backend.silu_and_mul(zeros(2, 2 * config.intermediate_size)),
+        lambda: backend.silu_and_mul(zeros(ROWS[-1], 2 * config.intermediate_size)),
         lambda: rotate(1),
         lambda: rotate(ROWS[-1]),
         *(lambda rows=rows: backend.linear(x[:rows], weight, None) for rows in ROWS),  # type: ignore[misc]

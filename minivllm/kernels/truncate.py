@@ -1,0 +1,107 @@
+"""min_p, top_k and top_p without sorting the vocabulary.
+
+All three keep the tokens above some logit, so a row needs one threshold.  Floats order like integers once the bits of
+negative ones are flipped; the threshold is found as such an integer, two bits a pass over the row from the highest
+down: the largest number such that the tokens at or above it are still top_k many, or still have a share top_p of the
+probability.  Equal logits are kept or dropped together.  One program a row; after the first pass a row lies in the L2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from minivllm.kernels.device import launch_options, wait_for_inputs
+
+BLOCK = 4096
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _key(value):
+    """Unsigned integers in the order of the floats."""
+    bits = value.to(tl.uint32, bitcast=True)
+    return bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
+
+
+@triton.jit
+def _block(row, start, vocab_size, BLOCK: tl.constexpr):
+    ids = start + tl.arange(0, BLOCK)
+    return tl.load(row + ids, ids < vocab_size, float("-inf"))
+
+
+@triton.jit
+def _highest_threshold(row, vocab_size, lowest, target, top, scale, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key such that what lies at or above it and `lowest` comes to `target` at least, counted in tokens or
+    in exp2((logit − top) · scale)."""
+    threshold = tl.zeros([], tl.uint32)
+    for step in range(16):
+        unit = tl.full([], 1, tl.uint32) << (30 - 2 * step)
+        sum1 = tl.zeros([BLOCK], tl.float32)
+        sum2 = tl.zeros([BLOCK], tl.float32)
+        sum3 = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            value = _block(row, start, vocab_size, BLOCK)
+            key = _key(value)
+            weight = tl.exp2((value - top) * scale) if BY_MASS else tl.full([BLOCK], 1.0, tl.float32)
+            weight = tl.where(key >= lowest, weight, 0.0)
+            sum1 += tl.where(key >= threshold + unit, weight, 0.0)
+            sum2 += tl.where(key >= threshold + 2 * unit, weight, 0.0)
+            sum3 += tl.where(key >= threshold + 3 * unit, weight, 0.0)
+        more = (
+            (tl.sum(sum1, 0) >= target).to(tl.uint32)
+            + (tl.sum(sum2, 0) >= target).to(tl.uint32)
+            + (tl.sum(sum3, 0) >= target).to(tl.uint32)
+        )
+        threshold += more * unit
+    return threshold
+
+
+@triton.jit(do_not_specialize=["vocab_size"])
+def _truncate_kernel(
+    logits, temperature, top_k, top_p, min_p, stride, vocab_size, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    row = logits + tl.program_id(0).to(tl.int64) * stride
+    wait_for_inputs(PDL)
+    k = tl.load(top_k + tl.program_id(0))
+    p = tl.load(top_p + tl.program_id(0))
+    least = tl.load(min_p + tl.program_id(0))
+    temp = tl.load(temperature + tl.program_id(0))
+    temp = tl.where(temp > 0, temp, 1.0)
+    scale = LOG2E / temp
+    tops = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        tops = tl.maximum(tops, _block(row, start, vocab_size, BLOCK))
+    top = tl.max(tops, 0)
+    lowest = tl.zeros([], tl.uint32)
+    if least > 0:  # p < min_p · p_top  <=>  logit < top + temperature · log(min_p)
+        lowest = _key(top + temp * tl.log(least))
+    if (k > 0) & (k < vocab_size):
+        lowest = tl.maximum(lowest, _highest_threshold(row, vocab_size, lowest, k, top, scale, False, BLOCK))
+    if p < 1:
+        masses = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            value = _block(row, start, vocab_size, BLOCK)
+            masses += tl.where(_key(value) >= lowest, tl.exp2((value - top) * scale), 0.0)
+        target = tl.maximum(p * tl.sum(masses, 0), 1e-30)  # the most likely is always kept
+        lowest = tl.maximum(lowest, _highest_threshold(row, vocab_size, lowest, target, top, scale, True, BLOCK))
+    for start in range(0, vocab_size, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        value = _block(row, start, vocab_size, BLOCK)
+        tl.store(row + ids, float("-inf"), (ids < vocab_size) & (_key(value) < lowest))
+
+
+def truncate(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> None:
+    """Set to −inf, in place, what min_p, then top_k, then top_p (Holtzman et al. 2020) rule out.
+
+    logits: [rows, vocab_size] float32; temperature, top_p, min_p: [rows] float32; top_k: [rows] int32.  top_k ≤ 0,
+    top_p ≥ 1 and min_p = 0 mean off; a temperature of 0 counts as 1.
+    """
+    rows, vocab_size = logits.shape
+    _truncate_kernel[(rows,)](
+        logits, temperature, top_k, top_p, min_p, logits.stride(0), vocab_size, BLOCK=BLOCK, num_warps=16,
+        **launch_options(logits.device),
+    )  # fmt: skip
