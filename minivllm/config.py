@@ -89,6 +89,8 @@ class EngineConfig:
     block_size: int = 64  # tokens in a KV-cache block
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory for weights, activations and KV cache
     kv_cache_memory_bytes: int | None = None  # KV-cache size; None: all that is left on a GPU, up to 4 GiB on a CPU
+    kv_cache_dtype: str = "auto"  # "auto": the model's; "fp8" (8 bits, e4m3, scale 1): twice the tokens, less exact
+    quantization: str | None = None  # "fp8": linear layers rounded to 8 bits (e4m3) when loaded
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # True: no CUDA graphs
     load_format: str = "auto"
@@ -121,11 +123,14 @@ class EngineConfig:
         for name, allowed in (
             ("dtype", {"float": "float32", "half": "float16"} | {d: d for d in DTYPES}),
             ("load_format", {name: name for name in LOAD_FORMATS}),
+            ("kv_cache_dtype", {"auto": "auto", "fp8": "fp8", "fp8_e4m3": "fp8"}),
             ("backend", {name: name for name in ("auto", "torch", "triton")}),
         ):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
             object.__setattr__(self, name, allowed[getattr(self, name)])
+        if self.quantization not in (None, "fp8"):
+            raise ValueError(f"quantization must be None or 'fp8', got {self.quantization!r}")
         for field in fields(self):
             value = getattr(self, field.name)
             is_none = value is None and field.type == "bool | None"

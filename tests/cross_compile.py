@@ -25,6 +25,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -73,19 +74,27 @@ for dtype in (torch.bfloat16, torch.float32):
         q = torch.zeros(2, heads, head_dim, dtype=dtype)
         k = torch.zeros(2, block_size, kv_heads, head_dim, dtype=dtype)
         table = lens = starts = torch.ones(2, 2, dtype=torch.int32)
-        kernels.paged_attention_decode(q, k, k, table, lens, 0.1)
-        kernels.paged_attention_prefill(q, k, k, table, lens, starts, table, 0.1)
+        caches = [k, k.to(torch.float8_e4m3fn)] if capability >= 89 else [k]
+        for cache in caches:
+            kernels.paged_attention_decode(q, cache, cache, table, lens, 0.1)
+            kernels.paged_attention_prefill(q, cache, cache, table, lens, starts, table, 0.1)
         qkv = torch.zeros(2, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
         kernels.paged_attention_prefill(q, k, k, table, lens, starts, table, 0.1, window=100)
-        rope = (qkv, lens, torch.zeros(2, head_dim), k, k, torch.zeros(2, dtype=torch.int64), heads)
-        kernels.rope_and_store_kv(*rope)
-        kernels.rope_and_store_kv(*rope, (q[0, 0], q[0, 0], 1e-5))
+        for cache in caches:
+            rope = (qkv, lens, torch.zeros(2, head_dim), cache, cache, torch.zeros(2, dtype=torch.int64), heads)
+            kernels.rope_and_store_kv(*rope)
+            kernels.rope_and_store_kv(*rope, (q[0, 0], q[0, 0], 1e-5))
     x = torch.zeros(2, 4096, dtype=dtype)
     kernels.rms_norm(x, x[0], 1e-5)
     kernels.add_rms_norm(x, x.clone(), x[0], 1e-5)
     kernels.silu_and_mul(x)
     if dtype == torch.bfloat16 and capability == 90:  # elsewhere cuBLAS does it
         for rows in (1, 16, 64):
-            kernels.small_linear(torch.zeros(rows, 4096, dtype=dtype), torch.zeros(64, 4096, dtype=dtype), None)
+            weight = torch.zeros(64, 4096, dtype=dtype)
+            kernels.small_linear(torch.zeros(rows, 4096, dtype=dtype), weight, None)
+            kernels.small_linear(
+                torch.zeros(rows, 4096, dtype=dtype), weight.to(torch.float8_e4m3fn), None, lens[0].float()
+            )
+        kernels.quantize_rows(x)
     kernels.sample(x, torch.ones(2), torch.ones(2, dtype=torch.int64), lens[0], lens[0], lens[0])
     kernels.truncate(x.float(), torch.ones(2), lens[0], torch.ones(2), torch.ones(2))

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from minivllm import kernels
+from minivllm.backends.base import quantize_rows
 from minivllm.backends.torch_backend import TorchBackend
+from minivllm.backends.triton_backend import TritonBackend
 from minivllm.runner.forward_batch import ForwardBatch
 from minivllm.runner.mixed_arrays import query_tiles
 
@@ -20,6 +22,11 @@ def error(out, ref):
     return ((out.float() - ref.float()).norm() / ref.float().norm()).item()
 
 
+FP8 = torch.float8_e4m3fn
+ROUNDING = 1e-2 if DEVICE == "cuda" else 0.1  # the interpreter cuts off what a GPU rounds
+CACHES = [(dtype, dtype) for dtype in DTYPES] + [(dtype, FP8) for dtype in DTYPES]  # of q, of the KV cache
+
+
 def paged(seq_lens, kv_heads, head_dim, block_size, dtype, *, num_columns=None, layout="nhd"):
     """(k_cache, v_cache, block_tables, keys, values): random caches under permuted blocks, every slot that no sequence
     uses poisoned: K with NaN, V, which must be finite, with a large number; keys[r], values[r]: [len, kv_heads,
@@ -29,15 +36,16 @@ def paged(seq_lens, kv_heads, head_dim, block_size, dtype, *, num_columns=None, 
     shape = (num_blocks, block_size, kv_heads, head_dim)
     if layout == "hnd":
         shape = (num_blocks, kv_heads, block_size, head_dim)
-    k, v = (torch.full(shape, poison, dtype=dtype, device=DEVICE) for poison in (float("nan"), 6e4))
+    largest = 400.0 if dtype == FP8 else 6e4
+    k, v = (torch.full(shape, poison, device=DEVICE).to(dtype) for poison in (float("nan"), largest))
     if layout == "hnd":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     order = iter(torch.randperm(num_blocks).tolist())
     tables = torch.full((len(seq_lens), columns), next(order), dtype=torch.int32, device=DEVICE)
     keys, values = [], []
     for row, n in enumerate(seq_lens):
-        keys.append(torch.randn(n, kv_heads, head_dim, dtype=dtype, device=DEVICE))
-        values.append(torch.randn(n, kv_heads, head_dim, dtype=dtype, device=DEVICE))
+        keys.append(torch.randn(n, kv_heads, head_dim, device=DEVICE).to(dtype))
+        values.append(torch.randn(n, kv_heads, head_dim, device=DEVICE).to(dtype))
         for start in range(0, n, block_size):
             block = next(order)
             tables[row, start // block_size] = block
@@ -65,7 +73,7 @@ def int32(values):
 DECODE_LENGTHS = [1, 2, 63, 64, 65, 128, 200, 17]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache"), CACHES, ids=str)
 @pytest.mark.parametrize(
     "heads, kv_heads, head_dim, block_size",
     [
@@ -78,8 +86,8 @@ DECODE_LENGTHS = [1, 2, 63, 64, 65, 128, 200, 17]
         (4, 2, 20, 16),
     ],
 )
-def test_decode(heads, kv_heads, head_dim, block_size, dtype):
-    k, v, tables, keys, values = paged(DECODE_LENGTHS, kv_heads, head_dim, block_size, dtype)
+def test_decode(heads, kv_heads, head_dim, block_size, dtype, cache):
+    k, v, tables, keys, values = paged(DECODE_LENGTHS, kv_heads, head_dim, block_size, cache)
     q = torch.randn(len(DECODE_LENGTHS), heads, head_dim, dtype=dtype, device=DEVICE)
     scale = 1 / math.sqrt(head_dim)
     out = torch.full_like(q, float("nan"))
@@ -144,15 +152,15 @@ def test_decode_last_column():
 PREFILL = [(1, 1), (5, 5), (64, 64), (130, 130), (1, 90), (33, 97), (70, 200)]  # queries, keys
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "cache"), CACHES, ids=str)
 @pytest.mark.parametrize(
     "heads, kv_heads, head_dim, block_size",
     [(2, 2, 64, 64), (4, 1, 128, 32), (3, 1, 80, 16), (2, 1, 256, 64), (2, 2, 20, 16)],
 )
-def test_prefill(heads, kv_heads, head_dim, block_size, dtype):
+def test_prefill(heads, kv_heads, head_dim, block_size, dtype, cache):
     """Rows of different lengths, with and without a cached prefix, behind two rows that are decodes (no tiles)."""
     queries, seq_lens = [1, 1, *(n for n, _ in PREFILL)], [9, 70, *(n for _, n in PREFILL)]
-    k, v, tables, keys, values = paged(seq_lens, kv_heads, head_dim, block_size, dtype)
+    k, v, tables, keys, values = paged(seq_lens, kv_heads, head_dim, block_size, cache)
     starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
     q = torch.randn(starts[-1], heads, head_dim, dtype=dtype, device=DEVICE)
     tiles = torch.from_numpy(query_tiles(int32(queries).cpu().numpy(), 2)).to(DEVICE)
@@ -205,6 +213,25 @@ def test_rope_and_store_kv(heads, kv_heads, head_dim, qk_norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_and_store_kv_in_8_bits(dtype):
+    """The cache gets what the torch backend writes; what is too large, K or V, saturates."""
+    heads, kv_heads, head_dim = 2, 2, 64
+    qkv = 100 * torch.randn(3, (heads + 2 * kv_heads) * head_dim, device=DEVICE).to(dtype)
+    qkv[0, heads * head_dim], qkv[1, -1] = 30000.0, -30000.0  # in K, in V
+    cos_sin, positions, slots = torch.ones(5, head_dim, device=DEVICE), int32([0, 4, 2]), torch.tensor([3, 40, 17])
+    slots = slots.to(DEVICE)
+    caches = [torch.zeros(4, 16, kv_heads, head_dim, device=DEVICE).to(FP8) for _ in range(2)]
+    expected = [c.clone() for c in caches]
+    batch = ForwardBatch(positions, positions, slots, positions, positions, 0)
+    ref_q = TorchBackend().rotate_and_store(qkv.clone(), cos_sin, heads, tuple(expected), batch)
+    q = kernels.rope_and_store_kv(qkv, positions, cos_sin, *caches, slots, heads)
+    assert error(q, ref_q) < TOLERANCE[dtype]
+    for cache, ref in zip(caches, expected, strict=True):
+        assert error(cache, ref) < ROUNDING
+        assert ref.float().abs().max() == 448 == cache.float().abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [64, 576, 4096])
 def test_norms(size, dtype):
     x, residual = (torch.randn(3, size, dtype=dtype, device=DEVICE) for _ in range(2))
@@ -234,6 +261,41 @@ def test_small_linear(rows, in_size, out_size, bias, dtype):
     b = torch.randn(out_size, device=DEVICE).to(dtype) if bias else None
     ref = x.double() @ weight.double().T + (b.double() if bias else 0)
     assert error(kernels.small_linear(x, weight, b), ref) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("rows, in_size, out_size", [(1, 256, 8), (1, 3000, 16), (2, 256, 64), (40, 512, 128)])
+def test_small_linear_of_8_bits(rows, in_size, out_size, dtype):
+    x = torch.randn(rows, in_size, device=DEVICE).to(dtype)
+    weight, scale = quantize_rows(torch.randn(out_size, in_size, device=DEVICE))
+    ref = x.double() @ (weight.double() * scale.double()[:, None]).T
+    assert error(kernels.small_linear(x, weight, None, scale), ref) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [100, 4096])
+def test_quantize_rows(size, dtype):
+    x = torch.randn(5, 2 * size, device=DEVICE).to(dtype)[:, :size]
+    x[3] = 0
+    x[4] *= 1000
+    rounded, scale = kernels.quantize_rows(x)
+    ref, ref_scale = quantize_rows(x)
+    torch.testing.assert_close(scale, ref_scale)
+    assert error(rounded, ref) < ROUNDING and error(rounded.float() * scale[:, None], x) < 0.03 + ROUNDING
+    assert rounded.is_contiguous() and rounded.float().abs().amax(-1).tolist() == [448, 448, 448, 0, 448]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the triton backend's 8-bit products are the torch backend's on a CPU")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 64, 65, 130, 256, 1000])
+def test_fp8_linear(rows, bias):
+    x = torch.randn(rows, 1024, device=DEVICE).bfloat16()
+    weight, scale = quantize_rows(torch.randn(512, 1024, device=DEVICE))
+    b = torch.randn(512, device=DEVICE).bfloat16() if bias else None
+    out = TritonBackend().fp8_linear(x, weight, scale, b)
+    assert out.dtype == x.dtype and error(out, TorchBackend().fp8_linear(x, weight, scale, b)) < 0.04
+    if rows > 64:  # the very numbers that the torch backend multiplies
+        assert error(out, TorchBackend().fp8_linear(x, weight, scale, b)) < TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("vocab_size", [50, 8192, 20000])

@@ -42,7 +42,8 @@ def test_warm_up_runs(monkeypatch, changes):
         InterpretedFunction, "run", lambda self, *a, **k: (launched.add(self.fn.__name__), original(self, *a, **k))[1]
     )
     monkeypatch.setattr(warm_up, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
-    warm_up.compile_kernels(make_backend("triton"), config, torch.float32, torch.device("cpu"), 64, 4)
+    caches = torch.zeros(2, 1, 64, config.num_key_value_heads, config.head_dim).unbind()
+    warm_up.compile_kernels(make_backend("triton"), config, torch.float32, caches, 4)
     expected = [
         "_prefill",
         "_decode",

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 KVCache = tuple[torch.Tensor, torch.Tensor]  # K and V of one layer, each [blocks, block_size, K, D]
 
 QKNorm = tuple[torch.Tensor, torch.Tensor, float]  # the weights for heads of Q and of K, each [D]; epsilon
+
+
+FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x / scale in float8_e4m3fn [rows, size], scale [rows] float32), scale being a row's largest magnitude / 448."""
+    x = x.float()
+    scale = x.abs().amax(-1).clamp(min=1e-12) / FP8_MAX
+    return (x / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 class Backend(ABC):
@@ -26,6 +37,15 @@ class Backend(ABC):
     @abstractmethod
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + b.  x: [T, in]; weight: [out, in], of `pack`; bias: [out].  Returns [T, out]."""
+
+    def fp8_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x Wᵀ + b, W = weight · scale.  x: [T, in]; weight: [out, in] float8_e4m3fn; scale: [out] float32; bias:
+        [out].  Returns [T, out] in x's dtype.  Here: what 8-bit products compute, worked out in float32."""
+        rounded, row_scale = quantize_rows(x)
+        out = F.linear(rounded.float(), weight.float()) * row_scale[:, None] * scale
+        return (out if bias is None else out + bias).to(x.dtype)
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -73,12 +73,11 @@ class TorchBackend(Backend):
             x = torch.cat([self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)], 1)
         x = x.float()
         swapped = torch.cat([x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1)
-        rotated = torch.addcmul(x * plan.cos, swapped, plan.signed_sin).to(qkv.dtype)
+        rotated = torch.addcmul(x * plan.cos, swapped, plan.signed_sin)
         k, v = rotated[plan.stored, num_heads:], heads[plan.stored, num_heads + kv_heads :]
-        k_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, k)
-        # Attention multiplies what it masks by 0, so what lies in a block must be finite.
-        v_cache.view(-1, kv_heads, head_dim).index_copy_(0, plan.slots, v.nan_to_num())
-        return rotated[:, :num_heads]
+        _store(k_cache, plan.slots, k)
+        _store(v_cache, plan.slots, v.nan_to_num())  # attention multiplies what it masks by 0, so it must be finite
+        return rotated[:, :num_heads].to(qkv.dtype)
 
     def attention(
         self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float, window: int | None = None
@@ -103,7 +102,7 @@ class TorchBackend(Backend):
         rows, num_heads, head_dim = q.shape
         kv_heads = kv_cache[0].shape[2]
         k, v = (
-            c.index_select(0, tables.flatten()).view(rows, -1, kv_heads, head_dim).transpose(1, 2) for c in kv_cache
+            _gather(c, tables.flatten(), q.dtype).view(rows, -1, kv_heads, head_dim).transpose(1, 2) for c in kv_cache
         )
         grouped = q.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)  # heads of one KV head as its queries
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
@@ -123,7 +122,7 @@ class TorchBackend(Backend):
         block_size, kv_heads, head_dim = kv_cache[0].shape[1:]
         blocks = block_table[: -(-seq_len // block_size)]
         k, v = (
-            c.index_select(0, blocks).view(1, -1, kv_heads, head_dim)[:, :seq_len].transpose(1, 2) for c in kv_cache
+            _gather(c, blocks, q.dtype).view(1, -1, kv_heads, head_dim)[:, :seq_len].transpose(1, 2) for c in kv_cache
         )
         mask = None
         if num_queries < seq_len or (window is not None and window < seq_len):
@@ -187,6 +186,23 @@ class TorchBackend(Backend):
         within = ((before < top_p[:, None]) | (top_p >= 1)[:, None]).sum(-1, keepdim=True).clamp(min=1)
         lowest = lowest.maximum(values.gather(1, within - 1))
         logits.masked_fill_(logits < lowest, NEVER)
+
+
+def _store(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values [N, K, D] to slots [N] of a cache; what its dtype cannot hold saturates, if that has 8 bits."""
+    if cache.element_size() > 1:
+        cache.view(-1, *values.shape[1:]).index_copy_(0, slots, values.to(cache.dtype))
+    else:  # torch copies 8-bit floats, but not by index
+        largest = torch.finfo(cache.dtype).max
+        values = values.clamp(-largest, largest).to(cache.dtype).view(torch.uint8)
+        cache.view(torch.uint8).view(-1, *values.shape[1:]).index_copy_(0, slots, values)
+
+
+def _gather(cache: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Blocks [N] of a cache, in `dtype`: [N, block_size, K, D]."""
+    if cache.element_size() > 1:
+        return cache.index_select(0, blocks)
+    return cache.view(torch.uint8).index_select(0, blocks).view(cache.dtype).to(dtype)
 
 
 def _decode_groups(

@@ -21,6 +21,18 @@ class TritonBackend(Backend):
             bias = _zeros(weight.shape[0], weight.dtype, weight.device)
         return F.linear(x, weight, bias)
 
+    def fp8_linear(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if kernels.has_kernel(x.shape[0], weight):
+            return kernels.small_linear(x, weight, bias, scale)
+        if not x.is_cuda:
+            return super().fp8_linear(x, weight, scale, bias)
+        rounded, row_scale = kernels.quantize_rows(x)
+        return torch._scaled_mm(
+            rounded, weight.t(), row_scale[:, None], scale[None, :], bias, out_dtype=x.dtype, use_fast_accum=True
+        )
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return kernels.rms_norm(x, weight, eps)
 

@@ -8,6 +8,7 @@ from minivllm.kernels.linear import has_kernel, small_linear
 from minivllm.kernels.norm import add_rms_norm, rms_norm
 from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, plan_paged_decode
 from minivllm.kernels.prefill import QUERY_TILE, paged_attention_prefill
+from minivllm.kernels.quantize import quantize_rows
 from minivllm.kernels.rope_kv import rope_and_store_kv
 from minivllm.kernels.sample import sample
 from minivllm.kernels.truncate import truncate
@@ -20,6 +21,7 @@ __all__ = [
     "paged_attention_decode",
     "paged_attention_prefill",
     "plan_paged_decode",
+    "quantize_rows",
     "rms_norm",
     "rope_and_store_kv",
     "sample",

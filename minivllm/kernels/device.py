@@ -51,3 +51,11 @@ def has_tensor_copies(device: torch.device) -> bool:
 def num_buffers(device: torch.device, tile_bytes: int, fixed_bytes: int, most: int) -> int:
     """How many tiles of a software pipeline fit in shared memory at once, beside `fixed_bytes`; 0 to `most`."""
     return max(0, min(most, (shared_memory(device) - fixed_bytes) // tile_bytes))
+
+
+def dot_type(q: torch.Tensor, cache: torch.Tensor) -> tl.dtype:
+    """What attention multiplies in: q's dtype.  With a cache of 8-bit floats, which GPUs turn into float16 in a single
+    instruction and bfloat16 in several, float16; it holds a bfloat16 q exactly, up to 65504."""
+    if cache.dtype == q.dtype or q.dtype == torch.float32:
+        return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[q.dtype]
+    return tl.float16

@@ -28,8 +28,8 @@ PREFETCH_LINES = 4
 
 @triton.jit
 def _vector_kernel(
-    x, weight, bias, out, in_size,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    x, weight, scale, bias, out, in_size,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -44,6 +44,8 @@ def _vector_kernel(
         w = tl.load(w_ptrs + start + COLUMNS, more[None, :], 0.0, eviction_policy="evict_first")
         acc += product
     result = tl.sum(acc, 1)
+    if HAS_SCALE:
+        result *= tl.load(scale + rows)
     if HAS_BIAS:
         result += tl.load(bias + rows).to(tl.float32)
     tl.store(out + rows, result.to(out.dtype.element_ty))
@@ -51,9 +53,9 @@ def _vector_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _dot_kernel(
-    x, weight, bias, out, num_rows, out_size, in_size, stride_x,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    x, weight, scale, bias, out, num_rows, out_size, in_size, stride_x,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -64,15 +66,18 @@ def _dot_kernel(
     mask = (offs_m < num_rows)[:, None]
     acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
     if PREFETCH:
-        lines = tl.arange(0, ROWS)[:, None] * in_size + tl.arange(0, PREFETCH)[None, :] * 64
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # elements in 128 bytes
+        lines = tl.arange(0, ROWS)[:, None] * in_size + tl.arange(0, PREFETCH)[None, :] * LINE
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [w_base + lines], dtype=tl.int32, is_pure=False, pack=1
         )
     wait_for_inputs(PDL)
     for start in tl.range(0, in_size, COLUMNS, num_stages=STAGES):
-        w = tl.load(w_base + start + w_offs, eviction_policy="evict_first")
+        w = tl.load(w_base + start + w_offs, eviction_policy="evict_first").to(x.dtype.element_ty)
         v = tl.load(x + start + x_offs, mask, 0.0)
         acc = tl.dot(w, tl.trans(v), acc)
+    if HAS_SCALE:
+        acc *= tl.load(scale + offs_n)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + offs_n).to(tl.float32)[:, None]
     place = offs_m[None, :] * out_size + offs_n[:, None]
@@ -86,34 +91,39 @@ def _is_measured(device: torch.device) -> bool:
 
 def has_kernel(rows: int, weight: torch.Tensor) -> bool:
     """Whether `small_linear` is the faster way to multiply `rows` rows with `weight` [out, in] on its GPU."""
-    if rows > MAX_ROWS or weight.element_size() != 2 or not _is_measured(weight.device):
+    if rows > MAX_ROWS or weight.element_size() > 2 or not _is_measured(weight.device):
         return False
     out_size, in_size = weight.shape
+    wider = 2 // weight.element_size()
     if rows == 1:
-        return out_size % VECTOR_ROWS == 0 and in_size >= 1024
-    if out_size % DOT_ROWS or in_size % DOT_COLUMNS:
+        return out_size % (VECTOR_ROWS * wider) == 0 and in_size >= 1024
+    if out_size % DOT_ROWS or in_size % (DOT_COLUMNS * wider):
         return False
-    return out_size >= 4096 or in_size <= out_size
+    return out_size >= 4096 or in_size <= out_size or weight.element_size() == 1
 
 
-def small_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + b.  x: [rows, in], rows ≤ 64; weight: [out, in], contiguous, out a multiple of 4 (one row) or 64, in, for
-    more than one row, of 128; bias: [out] or None.  Returns [rows, out]."""
+def small_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x Wᵀ + b.  x: [rows, in], rows ≤ 64; weight: [out, in], contiguous, out a multiple of 4 (one row; 8 for a weight
+    in 8 bits) or 64, in, for more than one row, of 128 (256); bias: [out] or None; scale: [out] float32, by which the
+    rows of a weight in 8 bits are multiplied.  Returns [rows, out]."""
     rows, in_size = x.shape
     out_size = weight.shape[0]
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
-    has_bias = bias is not None
-    options = launch_options(x.device)
+    options = launch_options(x.device) | {"HAS_SCALE": scale is not None, "HAS_BIAS": bias is not None}
+    tensors = x, weight, weight if scale is None else scale, weight if bias is None else bias, out
+    wider = 2 // weight.element_size()  # so many times the elements make the same bytes
     if rows == 1:
         columns = min(VECTOR_COLUMNS, triton.next_power_of_2(in_size))
-        _vector_kernel[(out_size // VECTOR_ROWS,)](
-            x, weight, bias if has_bias else weight, out, in_size, HAS_BIAS=has_bias,
-            ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4, **options,
-        )  # fmt: skip
+        tile_rows = VECTOR_ROWS * wider
+        _vector_kernel[(out_size // tile_rows,)](
+            *tensors, in_size, ROWS=tile_rows, COLUMNS=columns, num_warps=4, **options
+        )
     else:
         _dot_kernel[(out_size // DOT_ROWS,)](
-            x, weight, bias if has_bias else weight, out, rows, out_size, in_size, x.stride(0), HAS_BIAS=has_bias,
-            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS, STAGES=DOT_STAGES,
-            PREFETCH=PREFETCH_LINES if options["PDL"] else 0, num_warps=4, **options,
+            *tensors, rows, out_size, in_size, x.stride(0),
+            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS * wider,
+            STAGES=DOT_STAGES, PREFETCH=PREFETCH_LINES if options["PDL"] else 0, num_warps=4, **options,
         )  # fmt: skip
     return out

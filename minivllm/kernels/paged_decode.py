@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minivllm.kernels.device import launch_options, num_buffers, num_multiprocessors, wait_for_inputs
+from minivllm.kernels.device import dot_type, launch_options, num_buffers, num_multiprocessors, wait_for_inputs
 
 TILE = 64  # tokens
 WORKERS_PER_MULTIPROCESSOR = 2
@@ -92,7 +92,7 @@ def _decode_kernel(
     stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bt,
     stride_ot, stride_oh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, DOT_TYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     worker = tl.program_id(0)
@@ -118,7 +118,9 @@ def _decode_kernel(
         place = tl.load(tiles + i * 4 + 2)
         left = tl.load(tiles + i * 4 + 3)  # tokens from this tile on
         q_heads = head * GROUP + offs_m
-        q_tile = tl.load(q + row * stride_qt + q_heads[:, None] * stride_qh + offs_d[None, :], mask_md, 0.0)
+        q_tile = tl.load(q + row * stride_qt + q_heads[:, None] * stride_qh + offs_d[None, :], mask_md, 0.0).to(
+            DOT_TYPE
+        )
         valid = (offs_n < left) & (offs_n >= left - window)
         mask = valid[:, None] & mask_d[None, :]
         if BLOCK_SIZE % TILE == 0:  # a tile lies in one block
@@ -133,7 +135,7 @@ def _decode_kernel(
             v_rows = blocks * stride_vb + tokens % BLOCK_SIZE * stride_vt + head * stride_vh
             k_ptrs = k_cache + k_rows[:, None] + offs_d[None, :]
             v_ptrs = v_cache + v_rows[:, None] + offs_d[None, :]
-        k = tl.load(k_ptrs, mask, 0.0)
+        k = tl.load(k_ptrs, mask, 0.0).to(DOT_TYPE)
         scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale_log2e
         scores = tl.where(valid[None, :], scores, float("-inf"))
         m = tl.where(t == 0, float("-inf"), m)  # a new (row, head)
@@ -141,10 +143,10 @@ def _decode_kernel(
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # an empty row: no NaN
         p = tl.exp2(scores - m_safe[:, None])
         alpha = tl.exp2(m - m_safe)
-        v = tl.load(v_ptrs, mask, 0.0)
+        v = tl.load(v_ptrs, mask, 0.0).to(DOT_TYPE)
         l = tl.where(t == 0, 0.0, l * alpha) + tl.sum(p, 1)  # noqa: E741
         acc = tl.where(t == 0, 0.0, acc * alpha[:, None])
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        acc = tl.dot(p.to(DOT_TYPE), v, acc, input_precision="ieee")
         m = m_new
         if (left <= TILE) & (t <= j):  # it ends here, and began in this stretch
             result = acc / tl.where(l == 0.0, 1.0, l)[:, None]
@@ -264,9 +266,9 @@ def paged_attention_decode(
     """softmax(scale · q Kᵀ) V for one query token a row.
 
     q: [rows, heads, head_dim]; k_cache, v_cache: [blocks, block_size, kv_heads, head_dim], any strides but the last
-    dimension contiguous, block_size 16, 32 or a multiple of 64; block_tables: [rows, columns] int32; seq_lens: [rows]
-    int32, 0 giving an output of zeros, −1 none; plan: of `plan_paged_decode`, made here if absent.  Returns [rows,
-    heads, head_dim] in q's dtype.
+    dimension contiguous, block_size 16, 32 or a multiple of 64, in q's dtype or float8_e4m3fn; block_tables: [rows,
+    columns] int32; seq_lens: [rows] int32, 0 giving an output of zeros, −1 none; plan: of `plan_paged_decode`, made
+    here if absent. Returns [rows, heads, head_dim] in q's dtype.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
@@ -281,7 +283,7 @@ def paged_attention_decode(
     block_m = max(16, triton.next_power_of_2(group))
     # The workers of a multiprocessor share its memory.  A tile in flight takes as many stages of Triton's pipeline as
     # there are loads that wait for each other: the tile's entry in the plan, block numbers if it has several, K and V.
-    tile_bytes = (2 * TILE + block_m) * block_d * q.element_size()
+    tile_bytes = (2 * TILE * k_cache.element_size() + block_m * q.element_size()) * block_d
     buffers = num_buffers(q.device, WORKERS_PER_MULTIPROCESSOR * tile_bytes, 20 << 10, most=2)
     stages = 1 + (2 if block_size % TILE == 0 else 3) * buffers
     _decode_kernel[(num_workers,)](
@@ -289,7 +291,7 @@ def paged_attention_decode(
         plan.window, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
         block_tables.stride(0), out.stride(0), out.stride(1),
         HEADS=kv_heads, GROUP=group, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size,
-        TILE=TILE, STAGES=stages, num_warps=NUM_WARPS, **options,
+        TILE=TILE, STAGES=stages, DOT_TYPE=dot_type(q, k_cache), num_warps=NUM_WARPS, **options,
     )  # fmt: skip
     _reduce_kernel[(num_workers, group)](
         out, plan.tiles, plan.total, plan.partial, plan.partial_ml, out.stride(0), out.stride(1),

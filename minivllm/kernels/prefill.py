@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minivllm.kernels.device import has_tensor_copies, launch_options, num_buffers, wait_for_inputs
+from minivllm.kernels.device import dot_type, has_tensor_copies, launch_options, num_buffers, wait_for_inputs
 from minivllm.kernels.paged_decode import LOG2E
 from minivllm.runner.forward_batch import QUERY_TILE
 
@@ -28,7 +28,7 @@ def _prefill_kernel(
     stride_ot, stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TENSOR_COPIES: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, DOT_TYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     head = tl.program_id(0)
@@ -47,7 +47,7 @@ def _prefill_kernel(
     mask_d = offs_d < HEAD_DIM
     mask = (offs_m < q_len)[:, None] & mask_d[None, :]
     rows = (q_start + offs_m).to(tl.int64)
-    q_tile = tl.load(q + rows[:, None] * stride_qt + head * stride_qh + offs_d[None, :], mask, 0.0)
+    q_tile = tl.load(q + rows[:, None] * stride_qt + head * stride_qh + offs_d[None, :], mask, 0.0).to(DOT_TYPE)
     positions = kv_len - q_len + offs_m
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
@@ -76,7 +76,7 @@ def _prefill_kernel(
             blocks = tl.load(table + tokens // BLOCK_SIZE, tokens < kv_len, 0).to(tl.int64)
             k_rows = blocks * stride_kb + tokens % BLOCK_SIZE * stride_kt + kv_head * stride_kh
             k = tl.load(k_cache + k_rows[:, None] + offs_d[None, :], in_length, 0.0)
-        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q_tile, tl.trans(k.to(DOT_TYPE)), input_precision="ieee")
         if t >= diagonal:
             scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
         if WINDOW:  # noqa: SIM102 (the compiler knows WINDOW, not t)
@@ -97,7 +97,7 @@ def _prefill_kernel(
         else:
             v_rows = blocks * stride_vb + tokens % BLOCK_SIZE * stride_vt + kv_head * stride_vh
             v = tl.load(v_cache + v_rows[:, None] + offs_d[None, :], in_length, 0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        acc = tl.dot(p.to(DOT_TYPE), v.to(DOT_TYPE), acc, input_precision="ieee")
         m = m_new
     offs_m = first + tl.arange(0, BLOCK_M)
     rows = (q_start + offs_m).to(tl.int64)
@@ -120,11 +120,11 @@ def paged_attention_prefill(
     """Causal softmax(scale · q Kᵀ) V for the last queries of each row; K and V of them are in the cache already.
 
     q: [tokens, heads, head_dim], row r's queries at query_start_loc[r] : query_start_loc[r + 1]; k_cache, v_cache:
-    [blocks, block_size, kv_heads, head_dim]; block_tables: [rows, columns] int32; seq_lens: [rows] int32, keys of each
-    row, its queries the last of them; query_start_loc: [rows + 1] int32; query_tiles: [tiles, 2] int32, the row and the
-    first query (counted in the row) of each tile of QUERY_TILE queries; window: a query attends to so many
-    tokens, itself the last of them; None: to all before it.  Returns [tokens, heads, head_dim]; tokens of rows without
-    a tile are not written.
+    [blocks, block_size, kv_heads, head_dim], in q's dtype or float8_e4m3fn; block_tables: [rows, columns] int32;
+    seq_lens: [rows] int32, keys of each row, its queries the last of them; query_start_loc: [rows + 1] int32;
+    query_tiles: [tiles, 2] int32, the row and the first query (counted in the row) of each tile of QUERY_TILE
+    queries; window: a query attends to so many tokens, itself the last of them; None: to all before it. Returns
+    [tokens, heads, head_dim]; tokens of rows without a tile are not written.
     """
     num_heads, head_dim = q.shape[1:]
     kv_heads, block_size = k_cache.shape[2], k_cache.shape[1]
@@ -150,7 +150,6 @@ def paged_attention_prefill(
         out.stride(0), out.stride(1),
         GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, BLOCK_M=block_m,
         SPLIT=QUERY_TILE // block_m, TILE=tile, TENSOR_COPIES=tensor_copies, WINDOW=window is not None,
-        STAGES=1 + buffers, num_warps=4,
-        **launch_options(q.device),
+        STAGES=1 + buffers, DOT_TYPE=dot_type(q, k_cache), num_warps=4, **launch_options(q.device),
     )  # fmt: skip
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -64,10 +65,10 @@ def allocate_kv_cache(
 ) -> list[KVCache]:
     """K and V of every layer, each [blocks, block_size, kv_heads, head_dim], in one allocation of zeros."""
     shape = (model.num_hidden_layers, 2, num_blocks, block_size, model.num_key_value_heads, model.head_dim)
+    num_bytes = math.prod(shape) * dtype.itemsize
     if device.type == "cpu":
         # numpy's zeros are pages that the system hands out on first use; torch's are written.
-        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        cache = torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+        cache = torch.from_numpy(np.zeros(num_bytes, np.uint8))
     else:
-        cache = torch.zeros(shape, dtype=dtype, device=device)
-    return [(layer[0], layer[1]) for layer in cache]
+        cache = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return [(layer[0], layer[1]) for layer in cache.view(dtype).view(shape)]

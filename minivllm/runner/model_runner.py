@@ -14,6 +14,7 @@ import torch
 from minivllm.backends import make_backend
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
+from minivllm.layers.fp8_linear import quantize_linears
 from minivllm.loading.weights import WeightSource, fill_dummy, load_weights
 from minivllm.models import model_class
 from minivllm.runner.cuda_graph import StepGraphs, graph_sizes, mixed_graph_sizes
@@ -43,6 +44,9 @@ class ModelRunner:
         self.model_config = model_config
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.dtype)
+        self.kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
+        if "fp8" in (config.kv_cache_dtype, config.quantization) and config.backend == "triton":
+            _check_fp8(self.device)
         self.max_num_tokens = config.max_num_batched_tokens
         self.backend = make_backend(config.backend)
         self.model = model_class(model_config.architecture)(
@@ -52,12 +56,15 @@ class ModelRunner:
         num_slots, num_columns = self.slots.block_table.shape
         self.on_gpu, on_triton = self.device.type == "cuda", config.backend == "triton"
         if self.on_gpu and on_triton:
-            compile_kernels(self.backend, model_config, self.dtype, self.device, config.block_size, num_columns)
+            cache = allocate_kv_cache(model_config, 1, config.block_size, self.kv_dtype, self.device)[0]
+            compile_kernels(self.backend, model_config, self.dtype, cache, num_columns)
         targets = self.model.weight_targets()
         if weights is None:
             fill_dummy(targets, config.seed)
         else:
             load_weights(targets, weights, self.model.ignores_weight, progress=True)
+        if config.quantization is not None:
+            quantize_linears(self.model)
         self.model.finish_loading()
         self.history: torch.Tensor | None = None  # [slots, max_model_len] int32: tokens; made when a request needs it
         self.last_token = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
@@ -72,11 +79,11 @@ class ModelRunner:
         self._turn = 0
         use_graphs = self.on_gpu and on_triton and not config.enforce_eager
         self.graphs = StepGraphs()
-        self.kv_caches = allocate_kv_cache(model_config, 1, config.block_size, self.dtype, self.device)
-        self.num_blocks = kv_cache_blocks(config, model_config, self.dtype, lambda: self._profile(use_graphs))
+        self.kv_caches = allocate_kv_cache(model_config, 1, config.block_size, self.kv_dtype, self.device)
+        self.num_blocks = kv_cache_blocks(config, model_config, self.kv_dtype, lambda: self._profile(use_graphs))
         self.graphs = StepGraphs()
         self.kv_caches = []
-        self.kv_caches = allocate_kv_cache(model_config, self.num_blocks, config.block_size, self.dtype, self.device)
+        self.kv_caches = allocate_kv_cache(model_config, self.num_blocks, config.block_size, self.kv_dtype, self.device)
         if use_graphs:
             self._capture(self.sizes, self.mixed_sizes)
         elif self.on_gpu:  # nothing is left to compile later
@@ -299,3 +306,11 @@ class ModelRunner:
         self.backend.truncate(logits.float(), ones, ones.int(), ones, ones)
         if use_graphs:
             self._capture(self.sizes[-1:], self.mixed_sizes[-1:])
+
+
+def _check_fp8(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(
+            f"fp8 (kv_cache_dtype, quantization) needs a GPU of compute capability 8.9 or later; "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}"
+        )

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from minivllm.backends import Backend
+from minivllm.backends.base import KVCache
 from minivllm.config import ModelConfig
 from minivllm.runner.forward_batch import ForwardBatch
 
@@ -20,10 +21,11 @@ ROWS = (1, 2, 32, 64, 300)  # one in each range that a backend may have a kernel
 
 
 def compile_kernels(
-    backend: Backend, config: ModelConfig, dtype: torch.dtype, device: torch.device, block_size: int, num_columns: int
+    backend: Backend, config: ModelConfig, dtype: torch.dtype, caches: KVCache, num_columns: int
 ) -> None:
-    """Run each of `backend`'s operators on the shapes of the model and of its KV cache, whose block table has
-    `num_columns`.  The results mean nothing."""
+    """Run each of `backend`'s operators on the shapes of the model and of its KV cache, of which `caches` are a layer
+    with a single block, and whose block table has `num_columns`.  The results mean nothing."""
+    device = caches[0].device
     hidden, num_heads, kv_heads, head_dim = (
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
     )  # fmt: skip
@@ -54,7 +56,6 @@ def compile_kernels(
 
     x, norm_weight = zeros(ROWS[-1], hidden), zeros(hidden)
     weight = zeros(max(4096, hidden), hidden)
-    caches = (zeros(1, block_size, kv_heads, head_dim), zeros(1, block_size, kv_heads, head_dim))
     tables = zeros(2, num_columns, dtype=torch.int32)
     decode = ForwardBatch(ints(0, 0), ints(0, 0), ints(0, 0), tables, ints(1, 1), 2)
     prefill = ForwardBatch(
