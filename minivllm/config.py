@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "pt", "dummy")
 
 # vLLM arguments that change nothing here: accepted so that scripts run, each with the reason that a warning gives once.
 NO_MEANING_HERE = {
@@ -93,7 +93,7 @@ class EngineConfig:
     quantization: str | None = None  # "fp8": linear layers rounded to 8 bits (e4m3) when loaded
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # True: no CUDA graphs
-    load_format: str = "auto"
+    load_format: str = "auto"  # "pt": pytorch_model*.bin; "dummy": random weights
     seed: int = 0  # of requests that bring none, and of dummy weights
     max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for; -1: no limit
     tensor_parallel_size: int = 1

@@ -69,9 +69,12 @@ class LLM:
         dummy = config.load_format == "dummy"
         if config.load_format == "gguf" and not str(model).endswith(".gguf"):
             raise ValueError(f"load_format='gguf' needs a .gguf file as model, got {model!r}")
-        if config.load_format == "safetensors" and str(model).endswith(".gguf"):
-            raise ValueError(f"load_format='safetensors' does not fit the model {model!r}; leave load_format out")
-        files = resolve(model, tokenizer, revision, need_tokenizer=not skip_tokenizer_init, need_weights=not dummy)
+        if config.load_format in ("safetensors", "pt") and (model is None or str(model).endswith(".gguf")):
+            raise ValueError(f"load_format={config.load_format!r} does not fit the model {model!r}; leave it out")
+        files = resolve(
+            model, tokenizer, revision, need_tokenizer=not skip_tokenizer_init, need_weights=not dummy,
+            pickled=config.load_format == "pt",
+        )  # fmt: skip
         self.model = files.name
         hf_config = override(files.config, hf_overrides or {})
         model_config = ModelConfig.from_hf(hf_config, files.generation_config)
@@ -274,6 +277,9 @@ class LLM:
             params.output_kind = output_kind
             try:
                 text, token_ids = self._tokenize(prompt)
+                if params.truncate_prompt_tokens is not None:
+                    most = params.truncate_prompt_tokens
+                    token_ids = token_ids[-((self.config.max_model_len or 0) - 1 if most == -1 else most) :]
                 self.engine.check_request(token_ids, params)
             except ValueError as error:
                 raise ValueError(f"prompts[{i}]: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -21,11 +22,13 @@ SWITCHES = (
 # vLLM options that are not supported yet, each with the one value that asks for nothing.
 NOT_SUPPORTED_YET = {
     "best_of": None,
-    "logits_processors": None,
     "guided_decoding": None,
-    "truncate_prompt_tokens": None,
     "extra_args": None,
 }
+
+
+# (output token ids, logits) -> logits, or (prompt token ids, output token ids, logits) -> logits
+LogitsProcessor = Callable[..., Any]
 
 
 class RequestOutputKind(Enum):
@@ -113,6 +116,10 @@ class SamplingParams:
     skip_special_tokens, spaces_between_special_tokens: how special tokens are written in the text.
     logit_bias: added to logits, by token id; clamped to [-100, 100].
     allowed_token_ids: the only tokens that may be sampled.
+    logits_processors: functions called for every token with the ids of the output so far, or of prompt and output, and
+        the logits of the next token, a float32 tensor [vocab_size] on the model's device, that return these changed.
+        They come before the penalties.  The next step waits until this token is known.
+    truncate_prompt_tokens: keep only so many tokens, the last ones, of the prompt; -1: what max_model_len has room for.
     structured_outputs: a grammar that the text must follow; it ends where that does, whatever min_tokens and ignore_eos
         say.
     """
@@ -142,6 +149,8 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    logits_processors: list[LogitsProcessor] | None = None
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -206,6 +215,12 @@ class SamplingParams:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
             raise ValueError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+        processors = self.logits_processors or []
+        if not isinstance(processors, (list, tuple)) or any(not callable(f) or isinstance(f, type) for f in processors):
+            raise ValueError(f"logits_processors must be a list of functions, got {self.logits_processors!r}")
+        self.logits_processors = list(processors) or None
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
 

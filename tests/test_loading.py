@@ -1,5 +1,6 @@
 """Model references, strict weights, GGUF and the embedded model, on small files made here."""
 
+import builtins
 import hashlib
 import json
 import os
@@ -15,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minivllm import LLM
 from minivllm.config import ModelConfig
 from minivllm.layers import rope_table
 from minivllm.loading import (
     GGUFSource,
+    PickleSource,
     SafetensorsSource,
     cache_dir,
     embedded,
@@ -165,7 +168,58 @@ def test_pickle_only_is_refused_by_name(tmp_path):
         SafetensorsSource(tmp_path)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("old_format", [False, True])
+def test_pickled_tensors_when_asked_for(tmp_path, sharded, old_format):
+    given = weights("a", "b")
+    options = dict(_use_new_zipfile_serialization=not old_format)
+    if sharded:
+        places = {name: f"pytorch_model-{i}.bin" for i, name in enumerate(given)}
+        for name, place in places.items():
+            torch.save({name: given[name]}, tmp_path / place, **options)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(dict(weight_map=places)))
+    else:
+        torch.save(given, tmp_path / "pytorch_model.bin", **options)
+    (tmp_path / "training_args.bin").write_bytes(b"never read")
+    source = PickleSource(tmp_path)
+    assert source.shapes() == {name: tuple(tensor.shape) for name, tensor in given.items()}
+    found = dict(source.tensors())
+    assert found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (exec, ("import builtins; builtins.was_run = True",))
+
+
+@pytest.mark.parametrize("content", [{"a": Harmful()}, {"a": 3}, [1], b"not a pickle", b""], ids=str)
+def test_pickles_of_anything_else_are_refused(tmp_path, content):
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin (is damaged, or holds more|does not hold tensors)"):
+        PickleSource(tmp_path)
+    assert not hasattr(builtins, "was_run"), "code of the pickle was run"
+
+
+def test_the_same_tokens_from_safetensors_and_pickle(tiny, tmp_path):
+    folder = tiny("gqa-tied")
+    for path in Path(folder).glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    torch.save(load_file(Path(folder) / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    arguments = dict(device="cpu", skip_tokenizer_init=True)
+    with LLM(folder, **arguments) as llm, LLM(str(tmp_path), load_format="pt", **arguments) as other:
+        found = [model.generate([[1, 2, 3]], use_tqdm=False)[0].outputs[0].token_ids for model in (llm, other)]
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match="load_format='pt'"):
+        LLM(str(tmp_path), **arguments)
+
+
 def test_no_weights_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no pytorch_model.bin weights"):
+        PickleSource(tmp_path)
     with pytest.raises(FileNotFoundError, match="no .*safetensors weights"):
         SafetensorsSource(tmp_path)
 
@@ -685,6 +739,20 @@ HUB_FILES = {
         "README.md",
     ],
 }
+
+
+def test_pickled_files_are_fetched_when_asked_for(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(weights("a"), tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda _, **given: (asked.update(given), str(tmp_path))[1]
+    )
+    files = resolve("org/name", need_tokenizer=False, pickled=True)
+    assert files.weights.shapes() == {"a": (2, 3)}
+    assert "pytorch_model*.bin" in asked["allow_patterns"] and "*.safetensors" not in asked["allow_patterns"]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def reference(model, prompt, num_tokens, params, bad_words=()):
                 logits[last] = -math.inf
         for token, value in (params.logit_bias or {}).items():
             logits[token] += value
+        for function in params.logits_processors or ():
+            logits = function(prompt, output, logits) if function is count_down else function(output, logits)
         for token in set(token_ids):
             logits[token] *= params.repetition_penalty if logits[token] < 0 else 1 / params.repetition_penalty
         for token, count in Counter(output).items():
@@ -57,7 +59,23 @@ def reference(model, prompt, num_tokens, params, bad_words=()):
     return token_ids[len(prompt) :]
 
 
+def no_token_of_the_last_one_s_parity(output, logits):
+    if output:
+        logits[output[-1] % 2 :: 2] = -math.inf
+    return logits
+
+
+def count_down(prompt, output, logits):
+    """A new tensor: the token to favour hangs on how long prompt and output are."""
+    assert all(type(token) is int for token in [*prompt, *output])
+    favoured = torch.zeros_like(logits)
+    favoured[(len(prompt) - 3 * len(output)) % len(logits)] = 3.0
+    return logits + favoured
+
+
 OPTIONS = [
+    dict(logits_processors=[no_token_of_the_last_one_s_parity]),
+    dict(logits_processors=[count_down, no_token_of_the_last_one_s_parity], repetition_penalty=1.3),
     dict(repetition_penalty=1.4),
     dict(repetition_penalty=0.8),
     dict(frequency_penalty=0.7),
@@ -102,6 +120,40 @@ def test_options_on_logits(engine, tiny, hugging_face, options):
     assert found[len(PROMPTS)] == reference(model, PROMPTS[0], NUM_TOKENS, others[0])
     plain = [reference(model, prompt, NUM_TOKENS, others[0]) for prompt in PROMPTS]
     assert expected != plain, "else the option was not seen to do anything"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda output, logits: None, "must return logits .*, returned NoneType"),
+        (lambda output, logits: logits[:3], r"returned \[3\]"),
+        (lambda output, logits: 1 / 0, "division by zero"),
+    ],
+)
+def test_a_logits_processor_that_fails_ends_its_own_call_only(tiny, function, message):
+    with make(tiny("gqa-tied"), async_scheduling=True) as llm:
+        expected = run(llm, PROMPTS, SamplingParams(temperature=0))
+        other = llm.stream(PROMPTS[0], SamplingParams(temperature=0))
+        first = next(other).outputs[0].token_ids
+        with pytest.raises((ValueError, ZeroDivisionError), match=message):
+            run(llm, PROMPTS, SamplingParams(temperature=0, logits_processors=[function]))
+        rest = [token for output in other for token in output.outputs[0].token_ids]
+        assert [*first, *rest] == expected[0]
+        assert run(llm, PROMPTS, SamplingParams(temperature=0)) == expected
+        llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("most", [1, 5, 100, -1])
+def test_only_the_end_of_a_prompt_is_kept(tiny, most):
+    prompt = [(7 * i) % 90 for i in range(40)]
+    with make(tiny("gqa-tied"), max_model_len=30) as llm:
+        params = SamplingParams(temperature=0, max_tokens=1, truncate_prompt_tokens=most)
+        if most == 100:
+            with pytest.raises(ValueError, match="the prompt has 40 tokens"):
+                llm.generate([prompt], params, use_tqdm=False)
+            return
+        output = llm.generate([prompt], params, use_tqdm=False)[0]
+        assert output.prompt_token_ids == prompt[-29 if most == -1 else -most :]
 
 
 def test_repetition_penalty_is_hugging_face_s(tiny, hugging_face):

@@ -60,7 +60,7 @@ def llm(request, embedded):
     with LLM(embedded, device="cpu", async_scheduling=request.param != "sync", **settings) as llm:
         yield llm
         assert (llm.engine.scheduler.stats.num_preemptions > 0) == (request.param == "preempting")
-        assert llm.engine.scheduler.num_grammars == 0
+        assert llm.engine.scheduler.num_needing_tokens == 0
         llm.engine.scheduler.check_integrity()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import LogitsProcessor, SamplingParams
 
 
 @dataclass(slots=True)
@@ -44,6 +44,9 @@ class ScheduledBatch:
     prompt_logprobs_rows: list[int] = field(default_factory=list)  # rows whose prompt tokens' logprobs are wanted
     # For some of `sampled_rows`, by their number there: the tokens they may sample, 32 to a word.
     token_masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    # For some of `sampled_rows`, by their number there: functions to call on their logits, ids of prompt and output.
+    processors: list[tuple[int, list[LogitsProcessor], list[int], list[int]]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -160,8 +160,8 @@ class Engine:
             batch = self.scheduler.schedule()
             if batch is not None:
                 self._pending.append(self.executor.execute(batch))
-            # The tokens that the next step's masks hang on must be known.
-            most = 0 if self.scheduler.num_grammars else self._max_in_flight - 1
+            # The tokens that the next step's masks and processors hang on must be known.
+            most = 0 if self.scheduler.num_needing_tokens else self._max_in_flight - 1
             if not self._pending or (batch is not None and len(self._pending) <= most):
                 return []
             results = [self._pending.popleft().wait()]

@@ -90,6 +90,11 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
+    def needs_tokens(self) -> bool:
+        """Whether its next token hangs on the values of those before in ways that only the host works out."""
+        return self.grammar is not None or self.params.logits_processors is not None
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 

@@ -57,7 +57,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.stats = SchedulerStats()
-        self.num_grammars = 0  # requests that have one
+        self.num_needing_tokens = 0  # requests whose next token cannot be drawn before the last one is known
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         # For each step in flight: the requests that sampled a token; those whose prompt's logprobs it finds, each with
         # the number of prompt tokens before those.
@@ -68,7 +68,7 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use; choose another")
         self.requests[request.request_id] = request
-        self.num_grammars += request.grammar is not None
+        self.num_needing_tokens += request.needs_tokens
         self.waiting.append(request)
 
     def check_fits(self, max_num_tokens: int) -> None:
@@ -128,9 +128,14 @@ class Scheduler:
             batch.num_computed.append(request.num_computed_tokens - num_new)
             batch.num_scheduled.append(num_new)
             if request.num_computed_tokens == request.num_tokens:
+                place = len(batch.sampled_rows)
+                assert not (request.needs_tokens and request.num_in_flight), "the token before must be known"
                 if request.grammar is not None:
-                    assert request.num_in_flight == 0, "the token before must be known"
-                    batch.token_masks.append((len(batch.sampled_rows), request.grammar.next_token_mask()))
+                    batch.token_masks.append((place, request.grammar.next_token_mask()))
+                if (functions := request.params.logits_processors) is not None:
+                    num_prompt = request.num_prompt_tokens
+                    tokens = request.token_ids[:num_prompt], request.token_ids[num_prompt:]
+                    batch.processors.append((place, functions, *tokens))
                 batch.sampled_rows.append(row)
                 sampled.append(request)
             num_before = request.num_computed_tokens - num_new
@@ -290,7 +295,7 @@ class Scheduler:
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         del self.requests[request.request_id]
-        self.num_grammars -= request.grammar is not None
+        self.num_needing_tokens -= request.needs_tokens
         if request.slot >= 0:
             self.running.remove(request)
             self._release(request)

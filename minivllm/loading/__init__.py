@@ -3,11 +3,12 @@
 from minivllm.loading.embedded import cache_dir, embedded_model
 from minivllm.loading.gguf_file import GGUFSource, gguf_config, gguf_tokenizer
 from minivllm.loading.resolve import ModelFiles, resolve
-from minivllm.loading.weights import SafetensorsSource, WeightSource, fill_dummy, load_weights
+from minivllm.loading.weights import PickleSource, SafetensorsSource, WeightSource, fill_dummy, load_weights
 
 __all__ = [
     "GGUFSource",
     "ModelFiles",
+    "PickleSource",
     "SafetensorsSource",
     "WeightSource",
     "cache_dir",

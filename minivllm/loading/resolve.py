@@ -9,11 +9,12 @@ from typing import Any
 
 from minivllm.loading import embedded
 from minivllm.loading.gguf_file import GGUFSource, gguf_tokenizer
-from minivllm.loading.weights import SafetensorsSource, WeightSource
+from minivllm.loading.weights import PickleSource, SafetensorsSource, WeightSource
 
 _CONFIG_FILES = ["config.json", "generation_config.json", "adapter_config.json"]
 _TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+_PICKLED_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # Other formats of the same weights: subfolders such as original/ and onnx/, and Mistral's own file.
 _DUPLICATES = ["*/*", "consolidated*"]
 
@@ -36,12 +37,13 @@ def resolve(
     *,
     need_tokenizer: bool = True,
     need_weights: bool = True,
+    pickled: bool = False,
 ) -> ModelFiles:
     """Find, and where necessary download or convert, the files of a model.
 
     `model` is a folder, a hub id ("org/name"), a .gguf file, or None for the embedded model. `tokenizer` names another
     place for the tokenizer, in the same ways; `revision` is a branch, tag or commit of `model` on the hub. What is not
-    needed is not fetched.
+    needed is not fetched. `pickled`: the weights are those of pytorch_model*.bin, which is never read otherwise.
     Raises FileNotFoundError for what is not there or cannot be reached, PermissionError for what the hub does not give
     without access, and ValueError for what is damaged or not supported; each says what to do.
     """
@@ -57,12 +59,14 @@ def resolve(
         if own_tokenizer:
             tokenizer_folder = gguf_tokenizer(path)
     else:
-        patterns = _CONFIG_FILES + _WEIGHT_FILES * need_weights + _TOKENIZER_FILES * own_tokenizer
+        weight_files = _PICKLED_FILES if pickled else _WEIGHT_FILES
+        patterns = _CONFIG_FILES + weight_files * need_weights + _TOKENIZER_FILES * own_tokenizer
         folder = _folder(model, revision, patterns)
         config = _read_config(folder)
         generation_path = folder / "generation_config.json"
         generation_config = _read_json(generation_path) if generation_path.is_file() else {}
-        weights = SafetensorsSource(folder) if need_weights else None
+        source_class = PickleSource if pickled else SafetensorsSource
+        weights = source_class(folder) if need_weights else None
         if own_tokenizer:
             tokenizer_folder = _check_tokenizer(folder)
     return ModelFiles(name, config, generation_config, tokenizer_folder, weights if need_weights else None)

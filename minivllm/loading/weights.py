@@ -1,6 +1,7 @@
 """Checkpoint tensors into model parameters: every parameter written once, every tensor used or explicitly ignored."""
 
 import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,7 @@ class SafetensorsSource:
     """
 
     def __init__(self, folder: str | Path):
-        self._files = _safetensors_files(Path(folder))
+        self._files = _weight_files(Path(folder), "model", ".safetensors")
         self._shapes: dict[str, tuple[int, ...]] = {}
         for path in self._files:
             with _open(path) as file:
@@ -45,6 +46,30 @@ class SafetensorsSource:
             with _open(path) as file:
                 for name in file.keys():  # noqa: SIM118
                     yield name, file.get_tensor(name)  # memory-mapped: read where it is copied to, not before
+
+
+class PickleSource:
+    """A folder's pytorch_model.bin, or the shards of its index, read without running what code a pickle may hold.
+
+    Raises FileNotFoundError for a missing shard or no such weights; ValueError for a file that is damaged or holds
+    anything but tensors, and for a name that two files hold.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._files = _weight_files(Path(folder), "pytorch_model", ".bin")
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._files:
+            for name, tensor in _unpickle(path).items():
+                if name in self._shapes:
+                    raise ValueError(f"tensor {name} is in {path} and in another file beside it; delete one")
+                self._shapes[name] = tuple(tensor.shape)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path in self._files:
+            yield from _unpickle(path).items()
 
 
 @torch.no_grad()
@@ -117,29 +142,44 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+def _weight_files(folder: Path, stem: str, suffix: str) -> list[Path]:
+    single, index = folder / (stem + suffix), folder / f"{stem}{suffix}.index.json"
     if single.is_file():
         return [single]
     if index.is_file():
         try:
             files = [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors files; fetch it again ({error})") from error
+            raise ValueError(f"{index} is not an index of {suffix} files; fetch it again ({error})") from error
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"{index.name} lists {file.name}, which is not in {folder}; fetch it")
         return files
-    loose = sorted(folder.glob("*.safetensors"))
+    loose = sorted(folder.glob(f"*{suffix}")) if suffix == ".safetensors" else []
     pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
-    if not loose and pickled:
+    if not loose and pickled and suffix == ".safetensors":
         raise ValueError(
             f"{folder} has only pickled weights ({_few(pickled)}), which can run code when loaded and are refused; "
-            "save the model as safetensors, or take a revision that has them"
+            "save the model as safetensors, take a revision that has them, or ask for pytorch_model*.bin with "
+            "load_format='pt', which reads tensors and nothing else"
         )
     if not loose:
-        raise FileNotFoundError(f"no *.safetensors weights in {folder}")
+        raise FileNotFoundError(f"no {'*' if suffix == '.safetensors' else stem}{suffix} weights in {folder}")
     return loose
+
+
+def _unpickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be memory-mapped
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged, or holds more than tensors and is refused ({reason})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} does not hold tensors by name: not a model's state")
+    return tensors
 
 
 def _open(path: Path) -> safe_open:

@@ -1,12 +1,14 @@
 """What requests ask to be done to logits before a token is drawn, and the log probabilities they want to see.
 
-In vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias, penalties, and then min_p, top_k, top_p.  A batch
-in which nobody asks for any of it never comes here.  What hangs on tokens that only the device knows yet (penalties,
-bad words) is worked out there, from `history`: the tokens of each slot, [slots, max_model_len] int32.
+In vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias, logits_processors, penalties, and then min_p,
+top_k, top_p.  A batch in which nobody asks for any of it never comes here.  What hangs on tokens that only the device
+knows yet (penalties, bad words) is worked out there, from `history`: the tokens of each slot, [slots, max_model_len]
+int32.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +16,9 @@ import numpy as np
 import torch
 
 from minivllm.backends import Backend
-from minivllm.engine.batch import TokenLogprobs
+from minivllm.engine.batch import ScheduledBatch, TokenLogprobs
 from minivllm.runner.slots import Slots
+from minivllm.sampling_params import LogitsProcessor
 
 NEVER = float("-inf")
 
@@ -33,13 +36,15 @@ def process_logits(
     seq_lens: np.ndarray,
     temperature: torch.Tensor,
     history: torch.Tensor | None = None,
-    token_masks: Sequence[tuple[int, np.ndarray]] = (),
+    batch: ScheduledBatch | None = None,
 ) -> torch.Tensor:
     """A float32 copy of the logits [R, vocab] of slots `rows` [R], now `seq_lens` [R] tokens long, with what they ask
-    for done.  token_masks: the tokens that some rows may sample at all, 32 to a word."""
+    for done.  batch: with what the host has worked out for some rows: the tokens they may sample at all, functions to
+    call."""
+    batch = batch or ScheduledBatch()
     logits = logits.to(torch.float32, copy=True)
-    if token_masks:
-        _apply_masks(logits, token_masks)
+    if batch.token_masks:
+        _apply_masks(logits, batch.token_masks)
     asked = [(i, slots.allowed_token_ids[slot]) for i, slot in enumerate(rows.tolist())]
     allowed = [(i, ids) for i, ids in asked if ids is not None]
     if allowed:
@@ -49,7 +54,7 @@ def process_logits(
         logits[index] = kept
     if any(slots.bad_word_ids[slot] for slot in rows):
         _exclude_bad_words(logits, slots, rows, seq_lens, history)
-    masked = {i for i, _ in token_masks}  # a grammar may allow nothing but the end
+    masked = {i for i, _ in batch.token_masks}  # a grammar may allow nothing but the end
     short = np.flatnonzero(_num_outputs(slots, rows, seq_lens) < slots.min_tokens[rows]).tolist()
     short = [i for i in short if i not in masked]
     if any(slots.stop_token_ids[rows[i]] for i in short):
@@ -59,6 +64,9 @@ def process_logits(
         values = np.concatenate([np.array(list(bias.values()), np.float32) for _, bias in biased])
         index = _pairs([(i, list(bias)) for i, bias in biased], logits.device)
         logits[index] += to_device(values, logits.device)
+    for i, functions, prompt_token_ids, output_token_ids in batch.processors:
+        for function in functions:
+            logits[i] = _call(function, prompt_token_ids, output_token_ids, logits[i].clone())
     if slots.penalizes[rows].any():
         _penalize(logits, slots, rows, seq_lens, history)
     if slots.truncates[rows].any():
@@ -67,6 +75,17 @@ def process_logits(
         )
         backend.truncate(logits, temperature, top_k, top_p, min_p)
     return logits
+
+
+def _call(
+    function: LogitsProcessor, prompt_token_ids: list[int], output_token_ids: list[int], logits: torch.Tensor
+) -> torch.Tensor:
+    takes_prompt = len(inspect.signature(function).parameters) == 3
+    changed = function(*([list(prompt_token_ids)] if takes_prompt else []), list(output_token_ids), logits)
+    if not isinstance(changed, torch.Tensor) or changed.shape != logits.shape:
+        what = list(changed.shape) if isinstance(changed, torch.Tensor) else type(changed).__name__
+        raise ValueError(f"logits_processors: {function!r} must return logits {list(logits.shape)}, returned {what}")
+    return changed
 
 
 def _apply_masks(logits: torch.Tensor, token_masks: Sequence[tuple[int, np.ndarray]]) -> None:

@@ -116,7 +116,7 @@ class ModelRunner:
         tokens, logits = self.graphs.replay("decode", size) or self._decode(tensors, seq_lens)
         rows, seq_lens = slots[:num_rows], seq_lens[:num_rows]
         inputs = sampling_inputs(tensors, num_rows)
-        return self._sample(logits[:num_rows], rows, seq_lens, inputs, batch.token_masks, tokens[:num_rows])
+        return self._sample(logits[:num_rows], rows, seq_lens, inputs, batch, tokens[:num_rows])
 
     def _sample(
         self,
@@ -124,16 +124,16 @@ class ModelRunner:
         rows: np.ndarray,
         seq_lens: np.ndarray,
         inputs: SamplingInputs,
-        token_masks: Sequence[tuple[int, np.ndarray]],
+        batch: ScheduledBatch,
         tokens: torch.Tensor | None = None,
     ) -> Sampled:
         """Draw a token a row.  `tokens`: those that the backend drew by itself already, which hold if no row asks for
         more."""
         processed = logits
-        if token_masks or needs_processing(self.slots, rows, seq_lens):
+        if batch.token_masks or batch.processors or needs_processing(self.slots, rows, seq_lens):
             tokens = None
             processed = process_logits(
-                self.backend, logits, self.slots, rows, seq_lens, inputs.temperature, self.history, token_masks
+                self.backend, logits, self.slots, rows, seq_lens, inputs.temperature, self.history, batch
             )
         if tokens is None:
             tokens = sample(self.backend, processed, inputs, self.last_token)
@@ -216,7 +216,7 @@ class ModelRunner:
         if num_sampled:
             logits = self.model.compute_logits(x[:num_sampled], residual[:num_sampled])
             inputs = sampling_inputs(tensors, num_sampled)
-            result = self._sample(logits, slots, seq_lens, inputs, batch.token_masks)
+            result = self._sample(logits, slots, seq_lens, inputs, batch)
         begin = num_sampled
         for row, _, _, targets in prompts:
             num_top = int(self.slots.num_prompt_logprobs[batch.slots[row]])
