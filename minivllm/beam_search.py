@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from minivllm.config import check_int
 from minivllm.outputs import Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
+from minivllm.validation import check_int
 
 
 @dataclass(kw_only=True)

@@ -6,12 +6,14 @@ executor and handed to the scheduler.  `ModelConfig.from_hf` is the one place th
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from minivllm.engine.ngram import NgramConfig
+from minivllm.validation import check_int, reject_unknown
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "pt", "dummy")
@@ -44,22 +46,6 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("short_factor", "long_factor", "factor", "original_max_position_embeddings"), ("attention_factor",)
     ),
 }  # fmt: skip
-
-
-def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise ValueError for the names in `given` that are not in `known`, with the nearest known name."""
-    known = list(known)
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise ValueError(f"{what} has no argument {name!r}{hint}")
-
-
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless `value` is an int (not a bool) of at least `least`, and of 64 bits at most."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def override(hf: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +83,7 @@ class EngineConfig:
     seed: int = 0  # of requests that bring none, and of dummy weights
     max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for; -1: no limit
     tensor_parallel_size: int = 1
+    speculative_config: dict[str, Any] | None = None  # {"method": "ngram", …}: see engine/ngram.py
     device: str = "auto"  # "cuda", "cuda:N" or "cpu"; "auto": a GPU if there is one
     async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None: on a GPU
     backend: str = "auto"  # "triton" or "torch": who runs the operators; "auto": triton on a GPU
@@ -129,6 +116,8 @@ class EngineConfig:
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
             object.__setattr__(self, name, allowed[getattr(self, name)])
+        if self.speculative_config is not None:
+            NgramConfig.from_dict(self.speculative_config)
         if self.quantization not in (None, "fp8"):
             raise ValueError(f"quantization must be None or 'fp8', got {self.quantization!r}")
         for field in fields(self):

@@ -40,4 +40,7 @@ def collect(scheduler: Scheduler) -> list[Metric]:
         Counter("vllm:num_preemptions", stats.num_preemptions),
         Counter("vllm:prompt_tokens", stats.num_prompt_tokens),
         Counter("vllm:generation_tokens", stats.num_generated_tokens),
+        Counter("vllm:spec_decode_num_drafts", stats.num_drafts),
+        Counter("vllm:spec_decode_num_draft_tokens", stats.num_draft_tokens),
+        Counter("vllm:spec_decode_num_accepted_tokens", stats.num_accepted_tokens),
     ]

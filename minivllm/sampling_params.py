@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from minivllm.config import check_int, reject_unknown
+from minivllm.validation import check_int, reject_unknown
 
 MIN_TEMPERATURE = 0.01  # below it logits / temperature overflows; vLLM raises smaller ones to it too
 MAX_FLOAT32 = 3.4e38
@@ -233,6 +233,14 @@ class SamplingParams:
     def penalizes(self) -> bool:
         """Whether tokens that were there before are less, or more, likely."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def can_be_drafted(self) -> bool:
+        """Whether tokens may be drafted for it: what comes next hangs on no other tokens than through the model."""
+        return not (
+            self.penalizes or self.bad_words or self.min_tokens or self.stop or self.structured_outputs
+            or self.logits_processors or self.logprobs is not None
+        )  # fmt: skip
 
 
 def _token_ids(name: str, value: Any) -> list[int] | None:

@@ -48,6 +48,10 @@ class ScheduledBatch:
     # For some of `sampled_rows`, by their number there: functions to call on their logits, ids of prompt and output.
     processors: list[tuple[int, list[LogitsProcessor], list[int], list[int]]] = field(default_factory=list)
 
+    # In a step of decodes only, for some rows: tokens that may follow theirs, to be computed too.  A token is sampled
+    # after each.
+    drafts: list[tuple[int, list[int]]] = field(default_factory=list)
+
     @property
     def num_tokens(self) -> int:
         """Tokens computed in this step."""
@@ -74,5 +78,6 @@ class StepResult:
 
     tokens: list[int]  # of the batch's `sampled_rows`
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of `tokens`, or empty: nobody asked
+    draft_tokens: list[list[int]] = field(default_factory=list)  # of the batch's `drafts`: sampled after each token
     # For each of `prompt_logprobs_rows`, of the tokens after those computed: num_computed + 1, … in the prompt.
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)

@@ -16,6 +16,7 @@ from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.grammar import Grammar, GrammarCompiler
+from minivllm.engine.ngram import MAX_ROWS, MAX_ROWS_ON_CPU, NgramConfig, NgramDrafter
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
@@ -60,12 +61,15 @@ class Engine:
             config.max_num_batched_tokens,
             eos_token_ids,
             model_config.longest_window,
+            MAX_ROWS if config.device.startswith("cuda") else MAX_ROWS_ON_CPU,
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()
         self._outputs = OutputProcessor(tokenizer)
         self._grammars: GrammarCompiler | None = None  # made when the first request needs it
         self._num_requests = 0
+        given = config.speculative_config
+        self._ngram = None if given is None else NgramConfig.from_dict(given)
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise ValueError if a request with this prompt cannot be run."""
@@ -128,6 +132,7 @@ class Engine:
                     arrival_time=time.monotonic(),
                     bad_word_ids=bad_word_ids,
                     grammar=self._grammar(params),
+                    drafter=NgramDrafter(self._ngram) if self._ngram and params.can_be_drafted else None,
                 )
             )
         for request in requests:
@@ -160,8 +165,7 @@ class Engine:
             batch = self.scheduler.schedule()
             if batch is not None:
                 self._pending.append(self.executor.execute(batch))
-            # The tokens that the next step's masks and processors hang on must be known.
-            most = 0 if self.scheduler.num_needing_tokens else self._max_in_flight - 1
+            most = 0 if self.scheduler.waits_for_tokens else self._max_in_flight - 1
             if not self._pending or (batch is not None and len(self._pending) <= most):
                 return []
             results = [self._pending.popleft().wait()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minivllm.engine.batch import TokenLogprobs
 from minivllm.engine.grammar import Grammar
+from minivllm.engine.ngram import NgramDrafter
 from minivllm.outputs import RequestMetrics
 from minivllm.sampling_params import SamplingParams
 
@@ -20,6 +21,7 @@ class Request:
         "bad_word_ids",
         "block_hashes",
         "block_ids",
+        "drafter",
         "finish_reason",
         "grammar",
         "logprobs",
@@ -52,6 +54,7 @@ class Request:
         arrival_time: float,
         bad_word_ids: list[list[int]] | None = None,
         grammar: Grammar | None = None,
+        drafter: NgramDrafter | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
@@ -70,6 +73,7 @@ class Request:
         self.num_dropped_blocks = 0  # at the start of block_ids: no longer its own, and never read again
         self.bad_word_ids = bad_word_ids or []
         self.grammar = grammar
+        self.drafter = drafter
         self.logprobs: list[TokenLogprobs] = []  # of the output tokens, if asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on, if asked for
         self.finish_reason: str | None = None

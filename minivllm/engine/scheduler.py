@@ -21,9 +21,13 @@ from dataclasses import dataclass
 
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
+from minivllm.engine.ngram import MAX_ROWS, accepted
 from minivllm.engine.request import Request
 
 RIDING_TOKENS = 1280  # of a step whose prompts only ride along; fewer would leave matrix products short of work
+
+
+Draft = tuple[Request, list[int]]
 
 
 @dataclass(slots=True)
@@ -36,6 +40,9 @@ class SchedulerStats:
     num_prompt_tokens: int = 0  # of admitted requests
     num_cached_tokens: int = 0  # of those, found in the prefix cache
     num_generated_tokens: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # of the draft tokens
 
 
 class Scheduler:
@@ -46,13 +53,16 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
         window: int | None = None,
+        max_draft_rows: int = MAX_ROWS,
     ) -> None:
-        """`window`: no layer attends to more than so many of the last tokens."""
+        """`window`: no layer attends to more than so many of the last tokens.  `max_draft_rows`: of a step that
+        computes drafts, these included."""
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.window = window
+        self.max_draft_rows = max_draft_rows
         self.requests: dict[str, Request] = {}  # unfinished ones, by id
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
@@ -60,8 +70,8 @@ class Scheduler:
         self.num_needing_tokens = 0  # requests whose next token cannot be drawn before the last one is known
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         # For each step in flight: the requests that sampled a token; those whose prompt's logprobs it finds, each with
-        # the number of prompt tokens before those.
-        self._in_flight: deque[tuple[list[Request], list[tuple[Request, int]]]] = deque()
+        # the number of prompt tokens before those; the drafts.
+        self._in_flight: deque[tuple[list[Request], list[tuple[Request, int]], list[Draft]]] = deque()
 
     def add(self, request: Request) -> None:
         """Queue a request.  Raises ValueError for an id in use."""
@@ -142,9 +152,10 @@ class Scheduler:
             if request.params.prompt_logprobs is not None and num_before + 1 < request.num_prompt_tokens:
                 batch.prompt_logprobs_rows.append(row)
                 asking.append((request, num_before))
+        drafts = [] if prefills else self._draft(batch, [request for request, _ in decodes], budget)
         for request in sampled:
             request.num_in_flight += 1
-        self._in_flight.append((sampled, asking))
+        self._in_flight.append((sampled, asking, drafts))
         self.stats.num_steps += 1
         return batch
 
@@ -154,27 +165,31 @@ class Scheduler:
         Returns the requests that got a token.  Tokens of requests that ended meanwhile are dropped.
         """
         now = time.monotonic()
-        sampled, asking = self._in_flight.popleft()
+        sampled, asking, drafts = self._in_flight.popleft()
         for (request, num_before), entries in zip(asking, result.prompt_logprobs, strict=True):
             num_known = len(request.prompt_logprobs)  # more than num_before if it was preempted since
             request.prompt_logprobs.extend(entries[num_known - num_before :])
+        more = self._accept(result, sampled, drafts)
         progressed = []
         all_logprobs: list[TokenLogprobs | None] = result.logprobs or [None] * len(sampled)
         for request, token, logprobs in zip(sampled, result.tokens, all_logprobs, strict=True):
             if request.finished:
                 continue
             request.num_in_flight -= 1
-            request.token_ids.append(token)
-            self.stats.num_generated_tokens += 1
-            if logprobs is not None:
-                request.logprobs.append(logprobs)
             metrics = request.metrics
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
-            self.block_manager.publish(request)
-            self._check_stop(request, token)
-            if request.grammar is not None and not request.grammar.accept(token) and not request.finished:
-                self._finish(request, "abort")  # nothing it may sample is allowed by its other options
+            for own in (token, *more.get(request, ())):
+                request.token_ids.append(own)
+                self.stats.num_generated_tokens += 1
+                if logprobs is not None:
+                    request.logprobs.append(logprobs)
+                self.block_manager.publish(request)
+                self._check_stop(request, own)
+                if request.grammar is not None and not request.grammar.accept(own) and not request.finished:
+                    self._finish(request, "abort")  # nothing it may sample is allowed by its other options
+                if request.finished:
+                    break
             progressed.append(request)
         return progressed
 
@@ -198,7 +213,7 @@ class Scheduler:
 
         What the prefix cache holds may never have been computed, so it is dropped too.  No request is lost.
         """
-        for sampled, _ in self._in_flight:
+        for sampled, _, _ in self._in_flight:
             for request in sampled:
                 request.num_in_flight = 0
         self._in_flight.clear()
@@ -268,6 +283,52 @@ class Scheduler:
         attention reads them, so requests admitted from now on, in this same step too, can share the full blocks."""
         request.num_computed_tokens += num_tokens
         self.block_manager.publish(request)
+
+    @property
+    def waits_for_tokens(self) -> bool:
+        """Whether what comes next hangs on the values of tokens: a mask, a function's result, or a draft."""
+        return self.num_needing_tokens > 0 or (
+            len(self.running) < self.max_draft_rows
+            and any(r.drafter is not None and r.drafter.is_active(len(r.token_ids)) for r in self.running)
+        )
+
+    def _draft(self, batch: ScheduledBatch, decodes: list[Request], budget: int) -> list[Draft]:
+        """Add drafts to a step of decodes, as far as there is room for them."""
+        room = min(budget, self.max_draft_rows - len(decodes))
+        drafts: list[Draft] = []
+        for row, request in enumerate(decodes):
+            # The last token that a request may have is never computed.
+            most = min(room, request.max_num_tokens - request.num_tokens - 1)
+            known = request.num_in_flight == 0 and request.drafter is not None
+            if request.drafter is None or not known or most < 1 or not request.drafter.is_active(request.num_tokens):
+                continue
+            tokens = request.drafter.propose(request.token_ids, most)
+            column = len(request.block_ids)
+            blocks = self.block_manager.grow(request, request.num_computed_tokens + len(tokens))
+            if not tokens or blocks is None:
+                continue
+            if blocks:
+                batch.new_blocks.append((request.slot, column, blocks))
+            batch.drafts.append((row, tokens))
+            drafts.append((request, tokens))
+            room -= len(tokens)
+        return drafts
+
+    def _accept(self, result: StepResult, sampled: list[Request], drafts: list[Draft]) -> dict[Request, list[int]]:
+        """The tokens beyond their first of the requests whose drafts were right; these count as computed now."""
+        more = {}
+        first = dict(zip(sampled, result.tokens, strict=True)) if drafts else {}
+        for (request, drafted), after in zip(drafts, result.draft_tokens, strict=True):
+            if request.finished:
+                continue
+            assert request.drafter is not None
+            more[request] = accepted(drafted, [first[request], *after])[1:]
+            request.num_computed_tokens += len(more[request])
+            request.drafter.learn(len(more[request]), len(request.token_ids) + 1 + len(more[request]))
+            self.stats.num_drafts += 1
+            self.stats.num_draft_tokens += len(drafted)
+            self.stats.num_accepted_tokens += len(more[request])
+        return more
 
     def _preempt_newest(self) -> Request:
         request = self.running.pop()

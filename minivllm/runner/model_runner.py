@@ -14,10 +14,12 @@ import torch
 from minivllm.backends import make_backend
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
+from minivllm.engine.ngram import MAX_ROWS
 from minivllm.layers.fp8_linear import quantize_linears
 from minivllm.loading.weights import WeightSource, fill_dummy, load_weights
 from minivllm.models import model_class
 from minivllm.runner.cuda_graph import StepGraphs, graph_sizes, mixed_graph_sizes
+from minivllm.runner.drafts import expand, keep_last_accepted, put_drafts
 from minivllm.runner.forward_batch import ForwardBatch
 from minivllm.runner.logits import needs_processing, process_logits, to_device, token_logprobs
 from minivllm.runner.memory import allocate_kv_cache, kv_cache_blocks
@@ -67,14 +69,17 @@ class ModelRunner:
             quantize_linears(self.model)
         self.model.finish_loading()
         self.history: torch.Tensor | None = None  # [slots, max_model_len] int32: tokens; made when a request needs it
-        self.last_token = torch.zeros(num_slots, dtype=torch.int32, device=self.device)
+        most_drafts = 0 if config.speculative_config is None else MAX_ROWS
+        self.last_token = torch.zeros(num_slots + most_drafts, dtype=torch.int32, device=self.device)
         self.block_table = torch.from_numpy(self.slots.block_table).to(self.device)  # on a CPU the very same memory
         self.inputs = StepInputs(32 * self.max_num_tokens + 64 * num_slots * (num_columns + 1) + 4096, self.device)
         # Eager steps pad to the graphs' sizes too: the same kernels on the same shapes give the same bits.
-        self.sizes = graph_sizes(config.max_num_seqs) if on_triton else []
+        self.sizes = graph_sizes(max(config.max_num_seqs, most_drafts)) if on_triton else []
         self.mixed_sizes = mixed_graph_sizes(self.max_num_tokens) if on_triton else []
+        self.first_draft = num_slots  # in last_token, behind the slots
         self._host_tokens = [
-            torch.empty(num_slots, dtype=torch.int32, pin_memory=True) for _ in range(NUM_BUFFERS if self.on_gpu else 0)
+            torch.empty(len(self.last_token), dtype=torch.int32, pin_memory=True)
+            for _ in range(NUM_BUFFERS if self.on_gpu else 0)
         ]
         self._turn = 0
         use_graphs = self.on_gpu and on_triton and not config.enforce_eager
@@ -105,18 +110,21 @@ class ModelRunner:
 
     def _decode_step(self, batch: ScheduledBatch, changes: Changes) -> Sampled:
         """One token for every row, the one sampled last: replays a graph if there is one."""
-        num_rows = len(batch.slots)
+        given = expand(batch, self.first_draft)
+        num_rows = len(given.slots)
         size = next(size for size in self.sizes if size >= num_rows) if self.sizes else num_rows
-        slots = np.full(size, self.slots.padding, np.int32)
-        slots[:num_rows] = batch.slots
-        seq_lens = np.zeros(size, np.int32)
-        seq_lens[:num_rows] = batch.num_computed
-        seq_lens[:num_rows] += 1
-        tensors = self._upload_decode(slots, seq_lens, num_rows, changes)
+        slots, places, seq_lens = (np.full(size, fill, np.int32) for fill in (self.slots.padding,) * 2 + (0,))
+        slots[:num_rows], places[:num_rows], seq_lens[:num_rows] = given.slots, given.places, given.seq_lens
+        if batch.drafts:
+            put_drafts(batch, self.last_token, self.first_draft)
+        tensors = self._upload_decode(slots, places, seq_lens, num_rows, changes)
         tokens, logits = self.graphs.replay("decode", size) or self._decode(tensors, seq_lens)
-        rows, seq_lens = slots[:num_rows], seq_lens[:num_rows]
         inputs = sampling_inputs(tensors, num_rows)
-        return self._sample(logits[:num_rows], rows, seq_lens, inputs, batch, tokens[:num_rows])
+        sampled = self._sample(logits[:num_rows], given.slots, given.seq_lens, inputs, batch, tokens[:num_rows])
+        if batch.drafts:
+            keep_last_accepted(batch, sampled.tokens, self.last_token)
+            sampled.draft_lengths = [len(drafted) for _, drafted in batch.drafts]
+        return sampled
 
     def _sample(
         self,
@@ -139,7 +147,7 @@ class ModelRunner:
             tokens = sample(self.backend, processed, inputs, self.last_token)
         if self.slots.remembers[rows].any():
             assert self.history is not None
-            self.history[inputs.slots, to_device(seq_lens, self.device)] = tokens
+            self.history[to_device(rows, self.device), to_device(seq_lens, self.device)] = tokens
         sampled = Sampled(tokens)
         num_logprobs = self.slots.num_logprobs[rows]
         if (num_logprobs >= 0).any():
@@ -160,7 +168,7 @@ class ModelRunner:
                 self.history[request.slot, : len(tokens)] = tokens
 
     def _upload_decode(
-        self, slots: np.ndarray, seq_lens: np.ndarray, num_rows: int, changes: Changes | None
+        self, slots: np.ndarray, places: np.ndarray, seq_lens: np.ndarray, num_rows: int, changes: Changes | None
     ) -> Tensors:
         positions = np.maximum(seq_lens - 1, 0)
         slot_mapping = self.slots.slot_mapping(slots, positions)
@@ -172,6 +180,7 @@ class ModelRunner:
                 "positions": positions,
                 "slot_mapping": slot_mapping,
                 **sampling_arrays(self.slots, slots, seq_lens),
+                "sample_slots": places,
             },
             changes,
         )
@@ -181,7 +190,7 @@ class ModelRunner:
         vocab].  This is what graphs capture.  `host_seq_lens` is for the torch backend, which is never captured."""
         slots = tensors["slots"]
         batch = ForwardBatch(
-            token_ids=self.last_token[slots],
+            token_ids=self.last_token[tensors["sample_slots"]],
             positions=tensors["positions"],
             slot_mapping=tensors["slot_mapping"],
             block_tables=self.block_table[slots],
@@ -278,7 +287,8 @@ class ModelRunner:
 
     def _decode_padding(self, size: int) -> Tensors:
         """The inputs of a decode step of padding only."""
-        return self._upload_decode(np.full(size, self.slots.padding, np.int32), np.zeros(size, np.int32), 0, None)
+        padding = np.full(size, self.slots.padding, np.int32)
+        return self._upload_decode(padding, padding, np.zeros(size, np.int32), 0, None)
 
     def _mixed_padding(self, size: int) -> Tensors:
         return self._upload(mixed_arrays(self.slots, ScheduledBatch(), size), None)
@@ -300,7 +310,7 @@ class ModelRunner:
             batch.sampled_rows.append(slot)
             left -= num_tokens
         self.execute(batch).wait()
-        size = self.slots.padding
+        size = self.sizes[-1] if self.sizes else self.slots.padding
         _, logits = self._decode(self._decode_padding(size))
         ones = torch.ones(size, device=self.device)
         self.backend.truncate(logits.float(), ones, ones.int(), ones, ones)

@@ -19,6 +19,7 @@ class Sampled:
     logprobs: LogprobTensors | None = None  # of the rows that ask for them
     num_logprobs: np.ndarray | None = None  # [sampled rows]: how many each asks for; −1: none
     prompt_logprobs: list[list[LogprobTensors]] = field(default_factory=list)
+    draft_lengths: list[int] = field(default_factory=list)  # so many of `tokens`, at their end, follow draft tokens
 
 
 class PendingStep:
@@ -33,10 +34,16 @@ class PendingStep:
         if self._event is not None:
             self._event.synchronize()
         sampled = self._sampled
-        result = StepResult(sampled.tokens.tolist())
+        tokens = sampled.tokens.tolist()
+        result = StepResult(tokens[: len(tokens) - sum(sampled.draft_lengths)])
+        end = len(result.tokens)
+        for length in sampled.draft_lengths:
+            result.draft_tokens.append(tokens[end : end + length])
+            end += length
         if sampled.logprobs is not None and sampled.num_logprobs is not None:
             entries = iter(sampled.logprobs.entries())
             result.logprobs = [None if n < 0 else next(entries).first(n) for n in sampled.num_logprobs.tolist()]
+            del result.logprobs[len(result.tokens) :]  # nothing is drafted for those who ask
         for parts in sampled.prompt_logprobs:
             result.prompt_logprobs.append([entry for part in parts for entry in part.entries()])
         return result

@@ -1,0 +1,108 @@
+"""Drafts for speculative decoding without a second model: what followed the last tokens where they occurred before.
+
+Prompt lookup (Saxena 2023): the longest of the last few n-grams that the request has had before proposes the tokens
+that came after it.  A step computes them along with the request's next token, samples after each of them, and keeps
+what it would have sampled anyway (Leviathan et al. 2023): since noise is a function of seed and position, that is the
+very output without speculation, greedy or not, but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minivllm.validation import check_int, reject_unknown
+
+MAX_ROWS = 64  # of a step, drafts included; on a GPU, rows up to there cost next to nothing
+MAX_ROWS_ON_CPU = 16
+DECAY, MISS_DECAY = 0.75, 0.95  # of the running mean of accepted tokens, after a draft, and where there is none
+WORTH = 0.5  # accepted tokens a step that pay for waiting for each token before the next step
+PAUSE = 32  # tokens without drafts where they do not pay; doubled each time, up to 16 times
+MAX_PAUSE = 512
+
+
+@dataclass(frozen=True)
+class NgramConfig:
+    """vLLM's speculative_config of method "ngram"."""
+
+    num_speculative_tokens: int
+    prompt_lookup_max: int  # longest n-gram looked up
+    prompt_lookup_min: int
+
+    @classmethod
+    def from_dict(cls, given: Any) -> NgramConfig:
+        """From {"method": "ngram", "num_speculative_tokens": k, …}.  Raises ValueError for anything else."""
+        if not isinstance(given, Mapping) or given.get("method") not in ("ngram", "[ngram]"):
+            raise ValueError(
+                f'speculative_config must be a dict with method "ngram", the only one there is; got {given!r}'
+            )
+        names = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+        reject_unknown(given, names, "speculative_config")
+        if "num_speculative_tokens" not in given:
+            raise ValueError("speculative_config lacks num_speculative_tokens, how many tokens to draft at once")
+        longest = given.get("prompt_lookup_max") or given.get("prompt_lookup_min") or 5
+        shortest = given.get("prompt_lookup_min") or longest
+        for name, value in (
+            ("num_speculative_tokens", given["num_speculative_tokens"]),
+            ("prompt_lookup_max", longest),
+            ("prompt_lookup_min", shortest),
+        ):
+            check_int(f"speculative_config: {name}", value, 1)
+        if shortest > longest:
+            raise ValueError(
+                f"speculative_config: prompt_lookup_min ({shortest}) is over prompt_lookup_max ({longest})"
+            )
+        return cls(given["num_speculative_tokens"], longest, shortest)
+
+
+class NgramDrafter:
+    """Of one request.  It pauses by itself where drafts are not accepted."""
+
+    def __init__(self, config: NgramConfig) -> None:
+        self._config = config
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram: the place after its last occurrence
+        self._num_indexed = 0  # tokens that are the last of an indexed n-gram
+        self._mean = 1.0  # running mean of accepted tokens a step
+        self._pause = PAUSE
+        self._resume_at = 0
+
+    def is_active(self, num_tokens: int) -> bool:
+        """Whether a draft may be asked for when the request has `num_tokens` tokens."""
+        return num_tokens >= self._resume_at
+
+    def propose(self, token_ids: list[int], most: int) -> list[int]:
+        """Up to `most` tokens that may follow `token_ids`; none if nothing is found."""
+        sizes = range(self._config.prompt_lookup_max, self._config.prompt_lookup_min - 1, -1)
+        for end in range(self._num_indexed, len(token_ids) - 1):  # all but the n-grams that end the text
+            for size in sizes:
+                if size <= end + 1:
+                    self._next[tuple(token_ids[end + 1 - size : end + 1])] = end + 1
+        self._num_indexed = max(self._num_indexed, len(token_ids) - 1)
+        for size in sizes:
+            place = self._next.get(tuple(token_ids[-size:])) if size <= len(token_ids) else None
+            if place is not None:
+                return token_ids[place : place + min(most, self._config.num_speculative_tokens)]
+        self._learn(MISS_DECAY * self._mean, len(token_ids))
+        return []
+
+    def learn(self, num_accepted: int, num_tokens: int) -> None:
+        """Told how many of the last draft were accepted, the request now having `num_tokens` tokens."""
+        self._learn(DECAY * self._mean + (1 - DECAY) * num_accepted, num_tokens)
+
+    def _learn(self, mean: float, num_tokens: int) -> None:
+        self._mean = mean
+        if mean >= WORTH:
+            self._pause = PAUSE if mean >= 2 * WORTH else self._pause
+            return
+        self._resume_at = num_tokens + self._pause
+        self._pause = min(2 * self._pause, MAX_PAUSE)
+        self._mean = (WORTH + 1.0) / 2  # what comes next decides quickly
+
+
+def accepted(drafted: list[int], sampled: list[int]) -> list[int]:
+    """The right ones of the tokens sampled: the first, and each as long as the one before it had been drafted."""
+    count = 1
+    while count <= len(drafted) and drafted[count - 1] == sampled[count - 1]:
+        count += 1
+    return sampled[:count]
