@@ -31,6 +31,17 @@ NO_MEANING_HERE = {
 }
 
 
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+
+# What a config.json leaves out because it is the default of its kind of model.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma3_text": dict(
+        tie_word_embeddings=True, head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
+        sliding_window=4096, sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=1e4,
+        max_position_embeddings=131072,
+    ),
+}  # fmt: skip
+
 # Types of RoPE: the fields each must have, and those it may have.
 ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
@@ -245,6 +256,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     qk_norm: bool = False  # RMSNorm on each head of Q and K, before RoPE
     sliding_windows: tuple[int | None, ...] = ()  # of each layer, in tokens; empty: none
+    local_rope: RopeConfig | None = None  # of the layers with a sliding window, if another
+    activation: str = "silu"
+    attention_scale: float | None = None  # None: 1 / √head_dim
+    embedding_scale: float = 1.0
+    zero_centered_norms: bool = False  # the checkpoint's RMSNorm weights are the true ones minus 1
+    sandwich_norms: bool = False  # RMSNorm after attention and MLP too, before the residual addition
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -267,6 +284,7 @@ class ModelConfig:
 
         Raises ValueError for what would run wrongly: a missing field, quantized weights, an unsupported activation.
         """
+        hf = {**DEFAULTS.get(hf.get("model_type", ""), {}), **hf}
         architectures = hf.get("architectures") or ["(none)"]
         quantization = hf.get("quantization_config")
         if quantization:
@@ -276,16 +294,20 @@ class ModelConfig:
         missing = [name for name in needed if not hf.get(name)]
         if missing:
             raise ValueError(f"config.json of a {architectures[0]} lacks {', '.join(missing)}")
-        activation = hf.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ValueError(f"hidden_act {activation!r} is not supported; supported: silu")
+        activation = hf.get("hidden_activation") or hf.get("hidden_act", "silu")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+            if hf.get(name):
+                raise ValueError(f"{name} is not supported; models that need it (Gemma 2) are not")
         heads = hf["num_attention_heads"]
         kv_heads = hf.get("num_key_value_heads") or heads
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
         if not hf.get("head_dim") and hf["hidden_size"] % heads:
             raise ValueError(f"hidden_size ({hf['hidden_size']}) is no multiple of num_attention_heads ({heads})")
-        rope = RopeConfig.from_hf(hf)
+        rope, local_rope = _ropes(hf)
+        scalar = hf.get("query_pre_attn_scalar")
         dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         return cls(
             architecture=architectures[0],
@@ -295,7 +317,10 @@ class ModelConfig:
             max_position_embeddings=rope.num_positions,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope=rope,
+            local_rope=local_rope,
             sliding_windows=_sliding_windows(hf),
+            activation=activation,
+            attention_scale=None if scalar is None else scalar**-0.5,
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             qkv_bias=bool(hf.get("attention_bias", False)),
             o_bias=bool(hf.get("attention_bias", False)),
@@ -307,12 +332,28 @@ class ModelConfig:
         )
 
 
+def _ropes(hf: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
+    """That of the layers, and that of those with a sliding window if it is another."""
+    by_type = hf.get("rope_parameters") or {}
+    if by_type.keys() == {"full_attention", "sliding_attention"}:  # transformers 5
+        full, local = (
+            RopeConfig.from_hf({**hf, "rope_parameters": by_type[kind]})
+            for kind in ("full_attention", "sliding_attention")
+        )
+        return full, local
+    rope = RopeConfig.from_hf(hf)
+    theta = None if by_type else hf.get("rope_local_base_freq")  # transformers 4
+    return rope, None if theta is None else RopeConfig(theta=float(theta))
+
+
 def _sliding_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Of each layer.  Qwen has a switch for it, and windows in its upper layers; Mistral has them in all."""
     window, num_layers = hf.get("sliding_window"), hf["num_hidden_layers"]
     if not window or not hf.get("use_sliding_window", True):
         return ()
-    types = hf.get("layer_types")
+    types, pattern = hf.get("layer_types"), hf.get("sliding_window_pattern")
+    if types is None and pattern:  # Gemma: every so many layers, one attends to all
+        types = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers)]
     if types is None:
         first = hf.get("max_window_layers", 0)
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]

@@ -48,6 +48,21 @@ TINY = {
     "qwen2-windows": dict(
         model_type="qwen2", num_key_value_heads=2, use_sliding_window=True, sliding_window=18, max_window_layers=2
     ),
+    "gemma3": dict(
+        model_type="gemma3_text",
+        num_key_value_heads=1,
+        head_dim=24,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=40,
+        sliding_window=19,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", rope_theta=500.0, factor=2.0),
+            sliding_attention=dict(rope_type="default", rope_theta=60.0),
+        ),
+        tie_word_embeddings=False,
+        initializer_range=0.5,
+    ),
     "qwen3": dict(model_type="qwen3", num_key_value_heads=2, head_dim=24, initializer_range=0.8),
     "phi3-longrope": dict(
         model_type="phi3",

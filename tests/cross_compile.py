@@ -87,7 +87,8 @@ for dtype in (torch.bfloat16, torch.float32):
     x = torch.zeros(2, 4096, dtype=dtype)
     kernels.rms_norm(x, x[0], 1e-5)
     kernels.add_rms_norm(x, x.clone(), x[0], 1e-5)
-    kernels.silu_and_mul(x)
+    kernels.activate_and_mul(x)
+    kernels.activate_and_mul(x, "gelu_pytorch_tanh")
     if dtype == torch.bfloat16 and capability == 90:  # elsewhere cuBLAS does it
         for rows in (1, 16, 64):
             weight = torch.zeros(64, 4096, dtype=dtype)

@@ -245,9 +245,11 @@ def test_norms(size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [48, 1536])
-def test_silu_and_mul(size, dtype):
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_activate_and_mul(size, dtype, activation):
     x = torch.randn(3, 2 * size, dtype=dtype, device=DEVICE)
-    assert error(kernels.silu_and_mul(x), TorchBackend().silu_and_mul(x)) < TOLERANCE[dtype]
+    ref = TorchBackend().activate_and_mul(x, activation)
+    assert error(kernels.activate_and_mul(x, activation), ref) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)  # float32 is left to cuBLAS

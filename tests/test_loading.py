@@ -32,6 +32,7 @@ from minivllm.loading import (
     load_weights,
     resolve,
 )
+from minivllm.models import model_class
 
 ROOT = Path(__file__).parents[1]  # so that a subprocess finds minivllm, installed or not
 
@@ -952,3 +953,16 @@ print([name for name in ("transformers", "gguf", "tokenizers", "huggingface_hub"
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_a_gemma_config_leaves_out():
+    """As on the hub: written by transformers 4, without what is the default of its class."""
+    shape = dict(vocab_size=90, hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=4)
+    hub = dict(shape, architectures=["Gemma3ForCausalLM"], model_type="gemma3_text", sliding_window=512)
+    config = ModelConfig.from_hf(hub | dict(num_key_value_heads=1, rope_scaling=None, max_position_embeddings=32768))
+    assert config.tie_word_embeddings and config.head_dim == 256 and config.activation == "gelu_pytorch_tanh"
+    assert config.sliding_windows == (512,) * 5 + (None, 512) and config.max_position_embeddings == 32768
+    assert config.attention_scale == 1 / 16 and config.rope.theta == 1e6 and config.local_rope.theta == 1e4
+    scaled = ModelConfig.from_hf(hub | dict(rope_scaling=dict(rope_type="linear", factor=8.0)))
+    assert model_class("Gemma3ForCausalLM").adapt(scaled).max_position_embeddings == 131072
+    assert scaled.rope.factor == 8.0 and scaled.local_rope.type == "default", "windows are not stretched"

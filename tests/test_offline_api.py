@@ -169,6 +169,9 @@ def test_metrics(tiny):
             "num_preemptions": 0,
             "prompt_tokens": 90,
             "generation_tokens": 28,
+            "spec_decode_num_drafts": 0,
+            "spec_decode_num_draft_tokens": 0,
+            "spec_decode_num_accepted_tokens": 0,
         }
         for output in llm.stream([1, 2, 3], SamplingParams(max_tokens=4)):
             running = {metric.name: metric.value for metric in llm.get_metrics()}

@@ -81,7 +81,8 @@ def check(model, prompts, tokens, expected):
         assert len(got) == len(want)
         differ = next((i for i in range(len(want)) if got[i] != want[i]), None)
         if differ is not None:
-            logits = model(torch.tensor([prompt + want[:differ]])).logits[0, -1]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + want[:differ]])).logits[0, -1]
             gap = (logits[want[differ]] - logits[got[differ]]).item()
             assert abs(gap) < 1e-4, f"prompt of {len(prompt)} tokens, output token {differ}: {got} is not {want}"
 

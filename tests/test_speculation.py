@@ -6,7 +6,8 @@ import pytest
 
 from minivllm import LLM, SamplingParams
 from minivllm.config import EngineConfig
-from minivllm.engine.ngram import MAX_ROWS, NgramConfig, NgramDrafter, accepted
+from minivllm.engine.batch import MAX_DRAFT_ROWS
+from minivllm.engine.ngram import NgramConfig, NgramDrafter, accepted
 
 NGRAM = dict(method="ngram", num_speculative_tokens=4, prompt_lookup_min=1, prompt_lookup_max=3)
 FEW = dict(allowed_token_ids=[3, 5, 62])  # so that a random model's output repeats itself, now and then
@@ -128,7 +129,7 @@ def test_requests_that_want_more_are_left_alone(make):
 
 def test_many_requests_are_not_drafted_for(make):
     with make(speculative_config=NGRAM) as llm:
-        run(llm, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), [PATTERN * 4] * (MAX_ROWS + 1))
+        run(llm, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), [PATTERN * 4] * (MAX_DRAFT_ROWS + 1))
         assert llm.engine.scheduler.stats.num_drafts == 0
 
 

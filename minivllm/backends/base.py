@@ -58,8 +58,8 @@ class Backend(ABC):
         """(rms_norm(x + residual), x + residual); `residual` may be overwritten."""
 
     @abstractmethod
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) · up of [T, 2 · size], gate first.  Returns [T, size]."""
+    def activate_and_mul(self, gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+        """activation(gate) · up of [T, 2 · size], gate first; "silu" or "gelu_pytorch_tanh".  Returns [T, size]."""
 
     @abstractmethod
     def rotate_and_store(

@@ -18,10 +18,10 @@ NEVER = float("-inf")
 
 @dataclass(slots=True)
 class TorchPlan:
-    """What is the same in all layers of a step."""
+    """What is the same in all layers of a step, or in all that share a RoPE table or a window."""
 
-    cos: torch.Tensor  # [T, 1, D] float32
-    signed_sin: torch.Tensor  # [T, 1, D] float32: −sin, sin
+    # By the address of the table: cosines and signed sines (−sin, sin), [T, 1, D] float32 each.
+    rotations: dict[int, tuple[torch.Tensor, torch.Tensor]]
     stored: torch.Tensor | slice  # the tokens whose K and V are kept: all but padding
     slots: torch.Tensor  # where
     decode_groups: dict[int | None, list[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]]]  # by window
@@ -41,7 +41,7 @@ class TorchBackend(Backend):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype).mul(weight).to(x.dtype)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -49,9 +49,9 @@ class TorchBackend(Backend):
         residual = x + residual
         return self.rms_norm(residual, weight, eps), residual
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def activate_and_mul(self, gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
+        return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
     def rotate_and_store(
         self,
@@ -64,7 +64,11 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         k_cache, v_cache = kv_cache
         _, _, kv_heads, head_dim = k_cache.shape
-        plan = self._plan(batch, cos_sin)
+        plan = self._plan(batch)
+        if cos_sin.data_ptr() not in plan.rotations:
+            cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, -1)  # [T, 1, D / 2] each
+            plan.rotations[cos_sin.data_ptr()] = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        cosines, signed_sines = plan.rotations[cos_sin.data_ptr()]
         heads = qkv.reshape(qkv.shape[0], num_heads + 2 * kv_heads, head_dim)
         x = heads[:, : num_heads + kv_heads]
         if qk_norm is not None:
@@ -73,7 +77,7 @@ class TorchBackend(Backend):
             x = torch.cat([self.rms_norm(q, q_weight, eps), self.rms_norm(k, k_weight, eps)], 1)
         x = x.float()
         swapped = torch.cat([x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1)
-        rotated = torch.addcmul(x * plan.cos, swapped, plan.signed_sin)
+        rotated = torch.addcmul(x * cosines, swapped, signed_sines)
         k, v = rotated[plan.stored, num_heads:], heads[plan.stored, num_heads + kv_heads :]
         _store(k_cache, plan.slots, k)
         _store(v_cache, plan.slots, v.nan_to_num())  # attention multiplies what it masks by 0, so it must be finite
@@ -134,18 +138,11 @@ class TorchBackend(Backend):
         )
         return out[0].transpose(0, 1)
 
-    def _plan(self, batch: ForwardBatch, cos_sin: torch.Tensor) -> TorchPlan:
+    def _plan(self, batch: ForwardBatch) -> TorchPlan:
         if batch.plan is None:
-            cos, sin = cos_sin[batch.positions].unsqueeze(1).chunk(2, -1)  # [T, 1, D / 2] each
             is_stored = batch.slot_mapping >= 0
             stored = slice(None) if is_stored.all() else is_stored
-            batch.plan = TorchPlan(
-                torch.cat([cos, cos], -1),
-                torch.cat([-sin, sin], -1),
-                stored,
-                batch.slot_mapping[stored],
-                {},
-            )
+            batch.plan = TorchPlan({}, stored, batch.slot_mapping[stored], {})
         return batch.plan
 
     def sample(

@@ -41,8 +41,8 @@ class TritonBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return kernels.add_rms_norm(x, residual, weight, eps)
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return kernels.silu_and_mul(gate_up)
+    def activate_and_mul(self, gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+        return kernels.activate_and_mul(gate_up, activation)
 
     def rotate_and_store(
         self,

@@ -13,10 +13,10 @@ from collections.abc import Iterable, KeysView
 from typing import Any, Protocol
 
 from minivllm.config import EngineConfig, ModelConfig
-from minivllm.engine.batch import ScheduledBatch, StepResult
+from minivllm.engine.batch import MAX_DRAFT_ROWS, MAX_DRAFT_ROWS_ON_CPU, ScheduledBatch, StepResult
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.grammar import Grammar, GrammarCompiler
-from minivllm.engine.ngram import MAX_ROWS, MAX_ROWS_ON_CPU, NgramConfig, NgramDrafter
+from minivllm.engine.ngram import NgramConfig, NgramDrafter
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
@@ -61,7 +61,7 @@ class Engine:
             config.max_num_batched_tokens,
             eos_token_ids,
             model_config.longest_window,
-            MAX_ROWS if config.device.startswith("cuda") else MAX_ROWS_ON_CPU,
+            MAX_DRAFT_ROWS if config.device.startswith("cuda") else MAX_DRAFT_ROWS_ON_CPU,
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()

@@ -14,8 +14,6 @@ from typing import Any
 
 from minivllm.validation import check_int, reject_unknown
 
-MAX_ROWS = 64  # of a step, drafts included; on a GPU, rows up to there cost next to nothing
-MAX_ROWS_ON_CPU = 16
 DECAY, MISS_DECAY = 0.75, 0.95  # of the running mean of accepted tokens, after a draft, and where there is none
 WORTH = 0.5  # accepted tokens a step that pay for waiting for each token before the next step
 PAUSE = 32  # tokens without drafts where they do not pay; doubled each time, up to 16 times

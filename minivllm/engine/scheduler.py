@@ -19,9 +19,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
+from minivllm.engine.batch import MAX_DRAFT_ROWS, AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.ngram import MAX_ROWS, accepted
+from minivllm.engine.ngram import accepted
 from minivllm.engine.request import Request
 
 RIDING_TOKENS = 1280  # of a step whose prompts only ride along; fewer would leave matrix products short of work
@@ -53,7 +53,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
         window: int | None = None,
-        max_draft_rows: int = MAX_ROWS,
+        max_draft_rows: int = MAX_DRAFT_ROWS,
     ) -> None:
         """`window`: no layer attends to more than so many of the last tokens.  `max_draft_rows`: of a step that
         computes drafts, these included."""

@@ -3,7 +3,7 @@
 They run on a GPU, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 set before the first import).
 """
 
-from minivllm.kernels.activation import silu_and_mul
+from minivllm.kernels.activation import activate_and_mul
 from minivllm.kernels.linear import has_kernel, small_linear
 from minivllm.kernels.norm import add_rms_norm, rms_norm
 from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, plan_paged_decode
@@ -16,6 +16,7 @@ from minivllm.kernels.truncate import truncate
 __all__ = [
     "QUERY_TILE",
     "DecodePlan",
+    "activate_and_mul",
     "add_rms_norm",
     "has_kernel",
     "paged_attention_decode",
@@ -25,7 +26,6 @@ __all__ = [
     "rms_norm",
     "rope_and_store_kv",
     "sample",
-    "silu_and_mul",
     "small_linear",
     "truncate",
 ]

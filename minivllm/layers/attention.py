@@ -24,7 +24,7 @@ class Attention(nn.Module):
         super().__init__()
         self.backend = backend
         self.num_heads = config.num_attention_heads
-        self.scale = config.head_dim**-0.5  # handed to the backend, which alone applies it
+        self.scale = config.attention_scale or config.head_dim**-0.5  # handed to the backend, which alone applies it
         q_size = self.num_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
@@ -33,8 +33,10 @@ class Attention(nn.Module):
         self.window = config.window(layer)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, backend, dtype, device)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, backend, dtype, device)
+            self.q_norm, self.k_norm = (
+                RMSNorm(config.head_dim, config.rms_norm_eps, backend, dtype, device, config.zero_centered_norms)
+                for _ in range(2)
+            )
 
     def forward(
         self,

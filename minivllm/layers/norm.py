@@ -9,10 +9,22 @@ from minivllm.backends import Backend
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    """With `zero_centered`, the checkpoint's weight is the true one minus 1; it is kept in float32, to lose nothing."""
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        backend: Backend,
+        dtype: torch.dtype,
+        device: torch.device,
+        zero_centered: bool = False,
+    ) -> None:
         super().__init__()
         self.backend = backend
         self.eps = eps
+        self.zero_centered = zero_centered
+        dtype = torch.float32 if zero_centered else dtype
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,6 +32,11 @@ class RMSNorm(nn.Module):
         if residual is None:
             return self.backend.rms_norm(x, self.weight, self.eps), x
         return self.backend.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def finish_loading(self) -> None:
+        """Once loaded."""
+        if self.zero_centered:
+            self.weight.data += 1
 
     def targets(self, name: str) -> dict[str, torch.Tensor]:
         return {f"{name}.weight": self.weight.data}

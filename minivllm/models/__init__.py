@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from minivllm.models.gemma3 import Gemma3ForCausalLM
 from minivllm.models.llama import LlamaForCausalLM
 from minivllm.models.mistral import MistralForCausalLM
 from minivllm.models.phi3 import Phi3ForCausalLM
@@ -9,6 +10,7 @@ from minivllm.models.qwen2 import Qwen2ForCausalLM
 from minivllm.models.qwen3 import Qwen3ForCausalLM
 
 MODELS: dict[str, type[LlamaForCausalLM]] = {
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
     "LlamaForCausalLM": LlamaForCausalLM,
     "MistralForCausalLM": MistralForCausalLM,
     "Phi3ForCausalLM": Phi3ForCausalLM,

@@ -22,6 +22,7 @@ class LlamaMLP(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.backend = backend
+        self.activation = config.activation
         size, bias = config.intermediate_size, config.mlp_bias
         parts = {"gate_proj": size, "up_proj": size}
         self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias, backend, dtype, device)
@@ -29,7 +30,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, hidden] -> [tokens, hidden]."""
-        return self.down_proj(self.backend.silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.backend.activate_and_mul(self.gate_up_proj(x), self.activation))
 
 
 class LlamaLayer(nn.Module):
@@ -37,9 +38,17 @@ class LlamaLayer(nn.Module):
         self, config: ModelConfig, layer: int, backend: Backend, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
+
+        def norm() -> RMSNorm:
+            eps, zero_centered = config.rms_norm_eps, config.zero_centered_norms
+            return RMSNorm(config.hidden_size, eps, backend, dtype, device, zero_centered)
+
+        self.input_layernorm = norm()
         self.self_attn = Attention(config, layer, backend, dtype, device)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
+        self.post_attention_layernorm = norm()
+        self.has_sandwich = config.sandwich_norms
+        if self.has_sandwich:  # the norm before the MLP has a name of its own, and there is one after it
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
         self.mlp = LlamaMLP(config, backend, dtype, device)
 
     def forward(
@@ -57,18 +66,23 @@ class LlamaLayer(nn.Module):
         x = self.self_attn(x, cos_sin, kv_cache, batch, wanted)
         if wanted is not None:
             residual = residual[wanted]
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        if not self.has_sandwich:
+            x, residual = self.post_attention_layernorm(x, residual)
+            return self.mlp(x), residual
+        x, _ = self.post_attention_layernorm(x, None)
+        x, residual = self.pre_feedforward_layernorm(x, residual)
+        x, _ = self.post_feedforward_layernorm(self.mlp(x), None)
+        return x, residual
 
 
 class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device, config.embedding_scale)
         self.layers = nn.ModuleList(
             LlamaLayer(config, i, backend, dtype, device) for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device, config.zero_centered_norms)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -94,7 +108,10 @@ class LlamaForCausalLM(nn.Module):
             else Linear(config.hidden_size, config.vocab_size, False, backend, dtype, device)
         )
         self.backend = backend
-        self.register_buffer("cos_sin", rope_table(config.rope, config.head_dim, num_positions, device), False)
+        self.cos_sin = rope_table(config.rope, config.head_dim, num_positions, device)
+        self.local_cos_sin = self.cos_sin  # of the layers with a window
+        if config.local_rope is not None:
+            self.local_cos_sin = rope_table(config.local_rope, config.head_dim, num_positions, device)
 
     def forward(self, batch: ForwardBatch, kv_caches: Sequence[KVCache]) -> tuple[torch.Tensor, torch.Tensor]:
         """One pass over the step's tokens, writing their K and V.  Returns what `compute_logits` takes: the last
@@ -104,7 +121,8 @@ class LlamaForCausalLM(nn.Module):
         last = len(kv_caches) - 1
         for i, (layer, kv_cache) in enumerate(zip(self.model.layers, kv_caches, strict=True)):
             wanted = batch.output_tokens if i == last else None
-            x, residual = layer(x, residual, self.cos_sin, kv_cache, batch, wanted)
+            cos_sin = self.cos_sin if self.config.window(i) is None else self.local_cos_sin
+            x, residual = layer(x, residual, cos_sin, kv_cache, batch, wanted)
         assert residual is not None
         return x, residual
 
@@ -126,6 +144,8 @@ class LlamaForCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+            if isinstance(module, RMSNorm):
+                module.finish_loading()
         self.head = self.backend.pack(self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head.weight
 
     def ignores_weight(self, name: str) -> bool:

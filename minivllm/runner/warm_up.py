@@ -30,6 +30,8 @@ def compile_kernels(
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
     )  # fmt: skip
 
+    norm_dtype = torch.float32 if config.zero_centered_norms else dtype
+
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -39,7 +41,8 @@ def compile_kernels(
     def rotate(rows: int) -> None:
         batch = ForwardBatch(ints(), zeros(rows, dtype=torch.int32), zeros(rows, dtype=torch.int64), ints(), ints(), 0)
         qkv = zeros(rows, (num_heads + 2 * kv_heads) * head_dim)
-        qk_norm = (zeros(head_dim), zeros(head_dim), config.rms_norm_eps) if config.qk_norm else None
+        own_weight = zeros(head_dim, dtype=norm_dtype)
+        qk_norm = (own_weight, own_weight, config.rms_norm_eps) if config.qk_norm else None
         backend.rotate_and_store(qkv, zeros(1, head_dim, dtype=torch.float32), num_heads, caches, batch, qk_norm)
 
     def attend(batch: ForwardBatch, window: int | None) -> None:
@@ -54,7 +57,7 @@ def compile_kernels(
         ones = torch.ones(1, device=device)
         backend.truncate(zeros(1, config.vocab_size, dtype=torch.float32), ones, ones.int(), ones, ones)
 
-    x, norm_weight = zeros(ROWS[-1], hidden), zeros(hidden)
+    x, norm_weight = zeros(ROWS[-1], hidden), zeros(hidden, dtype=norm_dtype)
     weight = zeros(max(4096, hidden), hidden)
     tables = zeros(2, num_columns, dtype=torch.int32)
     decode = ForwardBatch(ints(0, 0), ints(0, 0), ints(0, 0), tables, ints(1, 1), 2)
@@ -69,8 +72,8 @@ def compile_kernels(
         truncate,
         lambda: backend.rms_norm(x, norm_weight, config.rms_norm_eps),
         lambda: backend.add_rms_norm(x, x.clone(), norm_weight, config.rms_norm_eps),
-        lambda: backend.silu_and_mul(zeros(2, 2 * config.intermediate_size)),
-        lambda: backend.silu_and_mul(zeros(ROWS[-1], 2 * config.intermediate_size)),
+        lambda: backend.activate_and_mul(zeros(2, 2 * config.intermediate_size), config.activation),
+        lambda: backend.activate_and_mul(zeros(ROWS[-1], 2 * config.intermediate_size), config.activation),
         lambda: rotate(1),
         lambda: rotate(ROWS[-1]),
         *(lambda rows=rows: backend.linear(x[:rows], weight, None) for rows in ROWS),  # type: ignore[misc]
