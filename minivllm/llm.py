@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.chat_template import Message, is_conversation, load_template, render
-from minivllm.config import EngineConfig, ModelConfig, override
+from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
 from minivllm.loading import resolve
 from minivllm.metrics import Metric, collect
+from minivllm.model_config import ModelConfig, override
 from minivllm.models import model_class
 from minivllm.outputs import RequestOutput
 from minivllm.runner.executor import LocalExecutor

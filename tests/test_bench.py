@@ -18,8 +18,8 @@ from minivllm import LLM
 from minivllm.bench import kernels, profile, throughput
 from minivllm.bench.cli import main
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
-from minivllm.config import ModelConfig
 from minivllm.engine.batch import ScheduledBatch
+from minivllm.model_config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,9 +20,10 @@ from conftest import TINY_VOCAB
 import minivllm
 from minivllm import LLM, RequestOutputKind, SamplingParams
 from minivllm.backends import make_backend
-from minivllm.config import NO_MEANING_HERE, ModelConfig
+from minivllm.config import NO_MEANING_HERE
 from minivllm.engine.detokenizer import Detokenizer
 from minivllm.layers import Attention, rope_table
+from minivllm.model_config import ModelConfig
 from minivllm.runner.forward_batch import ForwardBatch
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)

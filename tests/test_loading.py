@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minivllm import LLM
-from minivllm.config import ModelConfig
 from minivllm.layers import rope_table
 from minivllm.loading import (
     GGUFSource,
@@ -32,6 +31,7 @@ from minivllm.loading import (
     load_weights,
     resolve,
 )
+from minivllm.model_config import ModelConfig
 from minivllm.models import model_class
 
 ROOT = Path(__file__).parents[1]  # so that a subprocess finds minivllm, installed or not

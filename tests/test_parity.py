@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, TINY_VOCAB
 
 from minivllm import LLM, SamplingParams
-from minivllm.config import ModelConfig
+from minivllm.model_config import ModelConfig
 
 BLOCK_SIZE = 16
 WHOLE = 4096  # a token budget that every prompt fits

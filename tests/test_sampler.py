@@ -11,8 +11,8 @@ import torch
 from minivllm import LLM, SamplingParams
 from minivllm.backends import make_backend
 from minivllm.backends.torch_backend import gumbel_noise
-from minivllm.config import ModelConfig
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
+from minivllm.model_config import ModelConfig
 from minivllm.runner.logits import needs_processing, process_logits
 from minivllm.runner.sampler import SamplingInputs, sample
 from minivllm.runner.slots import Slots

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_VOCAB
 
 from minivllm import LLM, RequestOutputKind, SamplingParams
-from minivllm.config import ModelConfig
+from minivllm.model_config import ModelConfig
 
 PROMPTS = [[1, 2, 3], [(7 * i) % 90 for i in range(40)], [5] * 9 + [8, 5, 8], list(range(60, 85))]
 NUM_TOKENS = 20

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from minivllm import LLM, SamplingParams
 from minivllm.backends import make_backend
-from minivllm.config import ModelConfig
+from minivllm.model_config import ModelConfig
 from minivllm.runner import warm_up
 
 PROMPTS = [[(7 * i + j) % 150 for j in range(n)] for i, n in enumerate([3, 16, 33, 1])]

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, KeysView
 from typing import Any, Protocol
 
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import EngineConfig
 from minivllm.engine.batch import MAX_DRAFT_ROWS, MAX_DRAFT_ROWS_ON_CPU, ScheduledBatch, StepResult
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.grammar import Grammar, GrammarCompiler
@@ -20,6 +20,7 @@ from minivllm.engine.ngram import NgramConfig, NgramDrafter
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
+from minivllm.model_config import ModelConfig
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from minivllm.backends import Backend
 from minivllm.backends.base import KVCache
-from minivllm.config import ModelConfig
 from minivllm.layers.linear import Linear, MergedLinear
 from minivllm.layers.norm import RMSNorm
+from minivllm.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch

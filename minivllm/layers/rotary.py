@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from minivllm.config import RopeConfig
+from minivllm.model_config import RopeConfig
 
 
 def rope_table(rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> torch.Tensor:

@@ -11,8 +11,8 @@ from torch import nn
 
 from minivllm.backends import Backend
 from minivllm.backends.base import KVCache
-from minivllm.config import ModelConfig
 from minivllm.layers import Attention, Embedding, Linear, MergedLinear, RMSNorm, rope_table
+from minivllm.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch

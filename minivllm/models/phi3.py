@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from minivllm.config import ModelConfig
 from minivllm.layers import Linear
+from minivllm.model_config import ModelConfig
 from minivllm.models.llama import LlamaForCausalLM
 
 

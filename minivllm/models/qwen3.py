@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minivllm.config import ModelConfig
+from minivllm.model_config import ModelConfig
 from minivllm.models.llama import LlamaForCausalLM
 
 

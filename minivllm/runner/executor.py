@@ -6,9 +6,10 @@ import gc
 
 import torch
 
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import EngineConfig
 from minivllm.engine.batch import ScheduledBatch
 from minivllm.loading.weights import WeightSource
+from minivllm.model_config import ModelConfig
 from minivllm.runner.model_runner import ModelRunner, PendingStep
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from minivllm.backends.base import KVCache
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import EngineConfig
+from minivllm.model_config import ModelConfig
 
 GIB = 1 << 30
 CPU_KV_CACHE_BYTES = 4 * GIB  # at most, and no more than a quarter of the memory

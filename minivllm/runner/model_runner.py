@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from minivllm.backends import make_backend
-from minivllm.config import EngineConfig, ModelConfig
+from minivllm.config import EngineConfig
 from minivllm.engine.batch import MAX_DRAFT_ROWS, AdmittedRequest, ScheduledBatch
 from minivllm.layers.fp8_linear import quantize_linears
 from minivllm.loading.weights import WeightSource, fill_dummy, load_weights
+from minivllm.model_config import ModelConfig
 from minivllm.models import model_class
 from minivllm.runner.cuda_graph import StepGraphs, graph_sizes, mixed_graph_sizes
 from minivllm.runner.drafts import expand, keep_last_accepted, put_drafts

@@ -14,7 +14,7 @@ import torch
 
 from minivllm.backends import Backend
 from minivllm.backends.base import KVCache
-from minivllm.config import ModelConfig
+from minivllm.model_config import ModelConfig
 from minivllm.runner.forward_batch import ForwardBatch
 
 ROWS = (1, 2, 32, 64, 300)  # one in each range that a backend may have a kernel of its own for
