@@ -94,10 +94,9 @@ def has_kernel(rows: int, weight: torch.Tensor) -> bool:
     if rows > MAX_ROWS or weight.element_size() > 2 or not _is_measured(weight.device):
         return False
     out_size, in_size = weight.shape
-    wider = 2 // weight.element_size()
     if rows == 1:
-        return out_size % (VECTOR_ROWS * wider) == 0 and in_size >= 1024
-    if out_size % DOT_ROWS or in_size % (DOT_COLUMNS * wider):
+        return out_size % VECTOR_ROWS == 0 and in_size >= 1024
+    if out_size % DOT_ROWS or in_size % DOT_COLUMNS:
         return False
     return out_size >= 4096 or in_size <= out_size or weight.element_size() == 1
 
@@ -105,25 +104,23 @@ def has_kernel(rows: int, weight: torch.Tensor) -> bool:
 def small_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x Wᵀ + b.  x: [rows, in], rows ≤ 64; weight: [out, in], contiguous, out a multiple of 4 (one row; 8 for a weight
-    in 8 bits) or 64, in, for more than one row, of 128 (256); bias: [out] or None; scale: [out] float32, by which the
-    rows of a weight in 8 bits are multiplied.  Returns [rows, out]."""
+    """x Wᵀ + b.  x: [rows, in], rows ≤ 64; weight: [out, in], contiguous, out a multiple of 4 (one row) or 64, in, for
+    more than one row, of 128; bias: [out] or None; scale: [out] float32, by which the rows of a weight in 8 bits are
+    multiplied.  Returns [rows, out]."""
     rows, in_size = x.shape
     out_size = weight.shape[0]
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     options = launch_options(x.device) | {"HAS_SCALE": scale is not None, "HAS_BIAS": bias is not None}
     tensors = x, weight, weight if scale is None else scale, weight if bias is None else bias, out
-    wider = 2 // weight.element_size()  # so many times the elements make the same bytes
     if rows == 1:
         columns = min(VECTOR_COLUMNS, triton.next_power_of_2(in_size))
-        tile_rows = VECTOR_ROWS * wider
-        _vector_kernel[(out_size // tile_rows,)](
-            *tensors, in_size, ROWS=tile_rows, COLUMNS=columns, num_warps=4, **options
+        _vector_kernel[(out_size // VECTOR_ROWS,)](
+            *tensors, in_size, ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4, **options
         )
     else:
         _dot_kernel[(out_size // DOT_ROWS,)](
             *tensors, rows, out_size, in_size, x.stride(0),
-            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS * wider,
-            STAGES=DOT_STAGES, PREFETCH=PREFETCH_LINES if options["PDL"] else 0, num_warps=4, **options,
+            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS, STAGES=DOT_STAGES,
+            PREFETCH=PREFETCH_LINES if options["PDL"] else 0, num_warps=4, **options,
         )  # fmt: skip
     return out

@@ -4,6 +4,7 @@ All three keep the tokens above some logit, so a row needs one threshold.  Float
 negative ones are flipped; the threshold is found as such an integer, two bits a pass over the row from the highest
 down: the largest number such that the tokens at or above it are still top_k many, or still have a share top_p of the
 probability.  Equal logits are kept or dropped together.  One program a row; after the first pass a row lies in the L2.
+What top_k leaves is copied together, so that top_p passes over little.
 """
 
 from __future__ import annotations
@@ -58,9 +59,22 @@ def _highest_threshold(row, vocab_size, lowest, target, top, scale, BY_MASS: tl.
     return threshold
 
 
+@triton.jit
+def _copy_from(row, target, vocab_size, lowest, BLOCK: tl.constexpr):
+    """Copy what lies at or above `lowest` to `target`, in order; returns how much it is."""
+    count = 0
+    for start in range(0, vocab_size, BLOCK):
+        value = _block(row, start, vocab_size, BLOCK)
+        kept = ((_key(value) >= lowest) & (start + tl.arange(0, BLOCK) < vocab_size)).to(tl.int32)
+        tl.store(target + count + tl.cumsum(kept, 0) - 1, value, kept > 0)
+        count += tl.sum(kept, 0)
+    tl.debug_barrier()  # the whole program is to see it
+    return count
+
+
 @triton.jit(do_not_specialize=["vocab_size"])
 def _truncate_kernel(
-    logits, temperature, top_k, top_p, min_p, stride, vocab_size, BLOCK: tl.constexpr, PDL: tl.constexpr
+    logits, scratch, temperature, top_k, top_p, min_p, stride, vocab_size, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     row = logits + tl.program_id(0).to(tl.int64) * stride
     wait_for_inputs(PDL)
@@ -77,15 +91,20 @@ def _truncate_kernel(
     lowest = tl.zeros([], tl.uint32)
     if least > 0:  # p < min_p · p_top  <=>  logit < top + temperature · log(min_p)
         lowest = _key(top + temp * tl.log(least))
+    rest = row
+    size = vocab_size
     if (k > 0) & (k < vocab_size):
         lowest = tl.maximum(lowest, _highest_threshold(row, vocab_size, lowest, k, top, scale, False, BLOCK))
+        if p < 1:
+            rest = scratch + tl.program_id(0).to(tl.int64) * vocab_size
+            size = _copy_from(row, rest, vocab_size, lowest, BLOCK)
     if p < 1:
         masses = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, vocab_size, BLOCK):
-            value = _block(row, start, vocab_size, BLOCK)
+        for start in range(0, size, BLOCK):
+            value = _block(rest, start, size, BLOCK)
             masses += tl.where(_key(value) >= lowest, tl.exp2((value - top) * scale), 0.0)
         target = tl.maximum(p * tl.sum(masses, 0), 1e-30)  # the most likely is always kept
-        lowest = tl.maximum(lowest, _highest_threshold(row, vocab_size, lowest, target, top, scale, True, BLOCK))
+        lowest = tl.maximum(lowest, _highest_threshold(rest, size, lowest, target, top, scale, True, BLOCK))
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         value = _block(row, start, vocab_size, BLOCK)
@@ -101,7 +120,8 @@ def truncate(
     top_p ≥ 1 and min_p = 0 mean off; a temperature of 0 counts as 1.
     """
     rows, vocab_size = logits.shape
+    scratch = torch.empty(rows, vocab_size, dtype=torch.float32, device=logits.device)
     _truncate_kernel[(rows,)](
-        logits, temperature, top_k, top_p, min_p, logits.stride(0), vocab_size, BLOCK=BLOCK, num_warps=16,
+        logits, scratch, temperature, top_k, top_p, min_p, logits.stride(0), vocab_size, BLOCK=BLOCK, num_warps=16,
         **launch_options(logits.device),
     )  # fmt: skip
