@@ -297,12 +297,12 @@ class Scheduler:
         room = min(budget, self.max_draft_rows - len(decodes))
         drafts: list[Draft] = []
         for row, request in enumerate(decodes):
+            drafter = request.drafter
+            if drafter is None or request.num_in_flight or not drafter.is_active(request.num_tokens):
+                continue
             # The last token that a request may have is never computed.
             most = min(room, request.max_num_tokens - request.num_tokens - 1)
-            known = request.num_in_flight == 0 and request.drafter is not None
-            if request.drafter is None or not known or most < 1 or not request.drafter.is_active(request.num_tokens):
-                continue
-            tokens = request.drafter.propose(request.token_ids, most)
+            tokens = drafter.propose(request.token_ids, most) if most > 0 else []
             column = len(request.block_ids)
             blocks = self.block_manager.grow(request, request.num_computed_tokens + len(tokens))
             if not tokens or blocks is None:

@@ -109,11 +109,12 @@ class ModelRunner:
         return self._hand_over(sampled)
 
     def _decode_step(self, batch: ScheduledBatch, changes: Changes) -> Sampled:
-        """One token for every row, the one sampled last: replays a graph if there is one."""
+        """One token for every row, the one sampled last, and drafts: replays a graph if there is one."""
         given = expand(batch, self.first_draft)
         num_rows = len(given.slots)
         size = next(size for size in self.sizes if size >= num_rows) if self.sizes else num_rows
-        slots, places, seq_lens = (np.full(size, fill, np.int32) for fill in (self.slots.padding,) * 2 + (0,))
+        padding = self.slots.padding
+        slots, places, seq_lens = (np.full(size, fill, np.int32) for fill in (padding, padding, 0))
         slots[:num_rows], places[:num_rows], seq_lens[:num_rows] = given.slots, given.places, given.seq_lens
         if batch.drafts:
             put_drafts(batch, self.last_token, self.first_draft)
