@@ -10,7 +10,9 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "capability, shared_memory", [(80, 166912), (86, 101376), (90, 232448)], ids=["sm_80", "sm_86", "sm_90"]
+    "capability, shared_memory",
+    [(80, 166912), (86, 101376), (89, 101376), (90, 232448)],
+    ids=["sm_80", "sm_86", "sm_89", "sm_90"],
 )
 def test_kernels_compile_and_fit(capability, shared_memory):
     script = pathlib.Path(__file__).with_name("cross_compile.py")

@@ -324,7 +324,7 @@ def test_sample(vocab_size):
 def test_truncate(vocab_size):
     """What the torch backend keeps, by each option and by all, with ties, −inf and an untouched row."""
     options = [(1.0, 0, 1.0, 0.0), (0.7, 20, 1.0, 0.0), (1.3, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.3), (0.5, 30, 0.9, 0.01)]
-    options += [(0.0, 1, 1.0, 0.0), (1.0, 0, 1e-9, 0.0), (1.0, 10**9, 0.999, 0.0)]
+    options += [(0.0, 1, 1.0, 0.0), (1.0, 0, 1e-9, 0.0), (1.0, 10**9, 0.999, 0.0), (1.0, 3, 0.99999, 0.0)]
     columns = [torch.tensor(column, device=DEVICE) for column in zip(*options, strict=True)]
     logits = 3 * torch.randn(len(options), vocab_size, device=DEVICE).bfloat16().float()  # some are equal
     logits[:, 7] = float("-inf")

@@ -47,10 +47,8 @@ class ScheduledBatch:
     prompt_logprobs_rows: list[int] = field(default_factory=list)  # rows whose prompt tokens' logprobs are wanted
     # For some of `sampled_rows`, by their number there: the tokens they may sample, 32 to a word.
     token_masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
-
     # For some of `sampled_rows`, by their number there: functions to call on their logits, ids of prompt and output.
     processors: list[tuple[int, list[LogitsProcessor], list[int], list[int]]] = field(default_factory=list)
-
     # In a step of decodes only, for some rows: tokens that may follow theirs, to be computed too.  A token is sampled
     # after each.
     drafts: list[tuple[int, list[int]]] = field(default_factory=list)
