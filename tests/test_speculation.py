@@ -164,15 +164,15 @@ def test_it_pauses_where_it_does_not_pay_longer_each_time():
     num_tokens, active = 100, []
     for _ in range(2000):
         num_tokens += 1
-        active.append(drafter.is_active(num_tokens))
+        active.append(drafter.expected(num_tokens) > 0)
         if active[-1]:
             drafter.learn(0, num_tokens)
     assert active[0] and 5 < sum(active) < 40
     for _ in range(600):
         num_tokens += 1
-        if drafter.is_active(num_tokens):
+        if drafter.expected(num_tokens):
             drafter.learn(4, num_tokens)
-    assert all(drafter.is_active(num_tokens + i) for i in range(3))
+    assert all(drafter.expected(num_tokens + i) for i in range(3))
 
 
 def test_accepted():

@@ -15,7 +15,7 @@ from typing import Any
 from minivllm.validation import check_int, reject_unknown
 
 DECAY, MISS_DECAY = 0.75, 0.95  # of the running mean of accepted tokens, after a draft, and where there is none
-WORTH = 0.5  # accepted tokens a step that pay for waiting for each token before the next step
+WORTH = 0.5  # accepted tokens a step and request that pay for waiting for each token before the next step
 PAUSE = 32  # tokens without drafts where they do not pay; doubled each time, up to 16 times
 MAX_PAUSE = 512
 
@@ -65,9 +65,9 @@ class NgramDrafter:
         self._pause = PAUSE
         self._resume_at = 0
 
-    def is_active(self, num_tokens: int) -> bool:
-        """Whether a draft may be asked for when the request has `num_tokens` tokens."""
-        return num_tokens >= self._resume_at
+    def expected(self, num_tokens: int) -> float:
+        """Tokens that the next draft adds, when the request has `num_tokens` tokens; 0: none is to be asked for."""
+        return self._mean if num_tokens >= self._resume_at else 0.0
 
     def propose(self, token_ids: list[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow `token_ids`; none if nothing is found."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from minivllm.engine.batch import MAX_DRAFT_ROWS, AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.ngram import accepted
+from minivllm.engine.ngram import WORTH, accepted
 from minivllm.engine.request import Request
 
 RIDING_TOKENS = 1280  # of a step whose prompts only ride along; fewer would leave matrix products short of work
@@ -286,11 +286,16 @@ class Scheduler:
 
     @property
     def waits_for_tokens(self) -> bool:
-        """Whether what comes next hangs on the values of tokens: a mask, a function's result, or a draft."""
-        return self.num_needing_tokens > 0 or (
-            len(self.running) < self.max_draft_rows
-            and any(r.drafter is not None and r.drafter.is_active(len(r.token_ids)) for r in self.running)
-        )
+        """Whether what comes next hangs on the values of tokens: a mask, a function's result, or a draft.
+
+        All running requests wait for the drafts of a few, which must be worth that to all.
+        """
+        if self.num_needing_tokens > 0 or any(drafts for _, _, drafts in self._in_flight):
+            return True
+        if len(self.running) >= self.max_draft_rows:
+            return False
+        expected = sum(r.drafter.expected(len(r.token_ids)) for r in self.running if r.drafter is not None)
+        return expected > 0 and expected >= WORTH * len(self.running)
 
     def _draft(self, batch: ScheduledBatch, decodes: list[Request], budget: int) -> list[Draft]:
         """Add drafts to a step of decodes, as far as there is room for them."""
@@ -298,7 +303,7 @@ class Scheduler:
         drafts: list[Draft] = []
         for row, request in enumerate(decodes):
             drafter = request.drafter
-            if drafter is None or request.num_in_flight or not drafter.is_active(request.num_tokens):
+            if drafter is None or request.num_in_flight or not drafter.expected(request.num_tokens):
                 continue
             # The last token that a request may have is never computed.
             most = min(room, request.max_num_tokens - request.num_tokens - 1)

@@ -4,6 +4,9 @@ One row: a program takes VECTOR_ROWS rows of W, VECTOR_COLUMNS columns at a time
 sums at the end: no tensor cores, many small programs, all loads in flight at once.  Up to 64 rows: a program takes 64
 rows of W as the left operand of `tl.dot`, so that the few rows of x are the narrow side of the tensor cores' tile.
 
+Weights in 8-bit floats: one row is multiplied as it is; more are rounded to 8 bits first, since what the tensor cores
+take costs no conversion of the weights, which would take longer than to read them.
+
 `has_kernel` says which shapes these kernels are faster for than cuBLAS: measured on H100 (the shapes of Llama 1B, 7B
 and 8B in bfloat16, inputs rotating beyond the L2, inside a CUDA graph).  On other chips nothing was measured, and
 cuBLAS is used.
@@ -18,11 +21,12 @@ import triton
 import triton.language as tl
 
 from minivllm.kernels.device import launch_options, wait_for_inputs
+from minivllm.kernels.quantize import quantize_rows
 
 MEASURED_ON = (9, 0)  # compute capability
 MAX_ROWS = 64
-VECTOR_ROWS, VECTOR_COLUMNS = 4, 2048
-DOT_ROWS, DOT_COLUMNS, DOT_STAGES = 64, 128, 5
+VECTOR_ROWS, VECTOR_COLUMNS, VECTOR_COLUMNS_8BIT = 4, 2048, 1024
+DOT_ROWS, DOT_BYTES, DOT_STAGES = 64, 256, 5
 PREFETCH_LINES = 4
 
 
@@ -53,7 +57,7 @@ def _vector_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _dot_kernel(
-    x, weight, scale, bias, out, num_rows, out_size, in_size, stride_x,
+    x, row_scale, weight, scale, bias, out, num_rows, out_size, in_size, stride_x,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -73,11 +77,11 @@ def _dot_kernel(
         )
     wait_for_inputs(PDL)
     for start in tl.range(0, in_size, COLUMNS, num_stages=STAGES):
-        w = tl.load(w_base + start + w_offs, eviction_policy="evict_first").to(x.dtype.element_ty)
+        w = tl.load(w_base + start + w_offs, eviction_policy="evict_first")
         v = tl.load(x + start + x_offs, mask, 0.0)
         acc = tl.dot(w, tl.trans(v), acc)
     if HAS_SCALE:
-        acc *= tl.load(scale + offs_n)[:, None]
+        acc *= tl.load(scale + offs_n)[:, None] * tl.load(row_scale + offs_m, offs_m < num_rows, 0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + offs_n).to(tl.float32)[:, None]
     place = offs_m[None, :] * out_size + offs_n[:, None]
@@ -96,31 +100,38 @@ def has_kernel(rows: int, weight: torch.Tensor) -> bool:
     out_size, in_size = weight.shape
     if rows == 1:
         return out_size % VECTOR_ROWS == 0 and in_size >= 1024
-    if out_size % DOT_ROWS or in_size % DOT_COLUMNS:
+    if out_size % DOT_ROWS or in_size % _columns(weight):
         return False
     return out_size >= 4096 or in_size <= out_size or weight.element_size() == 1
+
+
+def _columns(weight: torch.Tensor) -> int:
+    """Of a tile of `_dot_kernel`."""
+    return DOT_BYTES // weight.element_size()
 
 
 def small_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x Wᵀ + b.  x: [rows, in], rows ≤ 64; weight: [out, in], contiguous, out a multiple of 4 (one row) or 64, in, for
-    more than one row, of 128; bias: [out] or None; scale: [out] float32, by which the rows of a weight in 8 bits are
-    multiplied.  Returns [rows, out]."""
+    more than one row, of 128, in 8 bits 256; bias: [out] or None; scale: [out] float32, by which the rows of a weight in
+    8 bits are multiplied.  Returns [rows, out] in x's dtype."""
     rows, in_size = x.shape
     out_size = weight.shape[0]
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)
     options = launch_options(x.device) | {"HAS_SCALE": scale is not None, "HAS_BIAS": bias is not None}
-    tensors = x, weight, weight if scale is None else scale, weight if bias is None else bias, out
+    tensors = weight, weight if scale is None else scale, weight if bias is None else bias, out
     if rows == 1:
-        columns = min(VECTOR_COLUMNS, triton.next_power_of_2(in_size))
+        columns = VECTOR_COLUMNS if scale is None else VECTOR_COLUMNS_8BIT
+        columns = min(columns, triton.next_power_of_2(in_size))
         _vector_kernel[(out_size // VECTOR_ROWS,)](
-            *tensors, in_size, ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4, **options
+            x, *tensors, in_size, ROWS=VECTOR_ROWS, COLUMNS=columns, num_warps=4, **options
         )
     else:
+        x, row_scale = (x, x) if scale is None else quantize_rows(x)
         _dot_kernel[(out_size // DOT_ROWS,)](
-            *tensors, rows, out_size, in_size, x.stride(0),
-            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=DOT_COLUMNS, STAGES=DOT_STAGES,
+            x, row_scale, *tensors, rows, out_size, in_size, x.stride(0),
+            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=_columns(weight), STAGES=DOT_STAGES,
             PREFETCH=PREFETCH_LINES if options["PDL"] else 0, num_warps=4, **options,
         )  # fmt: skip
     return out

@@ -4,7 +4,10 @@ All three keep the tokens above some logit, so a row needs one threshold.  Float
 negative ones are flipped; the threshold is found as such an integer, two bits a pass over the row from the highest
 down: the largest number such that the tokens at or above it are still top_k many, or still have a share top_p of the
 probability.  Equal logits are kept or dropped together.  One program a row; after the first pass a row lies in the L2.
-What top_k leaves is copied together, so that top_p passes over little.
+
+Sixteen passes over a whole row are too many.  The first pass therefore keeps the maximum of each of BLOCK columns, and
+the threshold among those is looked for first: it cannot be above that of the row, since the maxima are tokens of the
+row too.  What reaches it, usually a few hundred tokens, is copied together, and the sixteen passes are over the copy.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import triton.language as tl
 
 from minivllm.kernels.device import launch_options, wait_for_inputs
 
-BLOCK = 4096
+BLOCK = 8192
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -72,11 +75,23 @@ def _copy_from(row, target, vocab_size, lowest, BLOCK: tl.constexpr):
     return count
 
 
-@triton.jit(do_not_specialize=["vocab_size"])
+@triton.jit
+def _mass(row, size, lowest, top, scale, BLOCK: tl.constexpr):
+    """The sum of exp2((logit − top) · scale) over what lies at or above `lowest`."""
+    masses = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        value = _block(row, start, size, BLOCK)
+        masses += tl.where(_key(value) >= lowest, tl.exp2((value - top) * scale), 0.0)
+    return tl.sum(masses, 0)
+
+
+@triton.jit(do_not_specialize=["vocab_size", "stride_scratch"])
 def _truncate_kernel(
-    logits, scratch, temperature, top_k, top_p, min_p, stride, vocab_size, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+    logits, scratch, temperature, top_k, top_p, min_p, stride, stride_scratch, vocab_size,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     row = logits + tl.program_id(0).to(tl.int64) * stride
+    rest = scratch + tl.program_id(0).to(tl.int64) * stride_scratch
     wait_for_inputs(PDL)
     k = tl.load(top_k + tl.program_id(0))
     p = tl.load(top_p + tl.program_id(0))
@@ -84,6 +99,7 @@ def _truncate_kernel(
     temp = tl.load(temperature + tl.program_id(0))
     temp = tl.where(temp > 0, temp, 1.0)
     scale = LOG2E / temp
+    by_count = (k > 0) & (k < vocab_size)
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, vocab_size, BLOCK):
         tops = tl.maximum(tops, _block(row, start, vocab_size, BLOCK))
@@ -91,20 +107,28 @@ def _truncate_kernel(
     lowest = tl.zeros([], tl.uint32)
     if least > 0:  # p < min_p · p_top  <=>  logit < top + temperature · log(min_p)
         lowest = _key(top + temp * tl.log(least))
-    rest = row
-    size = vocab_size
-    if (k > 0) & (k < vocab_size):
-        lowest = tl.maximum(lowest, _highest_threshold(row, vocab_size, lowest, k, top, scale, False, BLOCK))
+    if by_count | (p < 1):
+        tl.store(rest + tl.arange(0, BLOCK), tops)
+        tl.debug_barrier()
+        mass = 0.0
+        if by_count:
+            bound = _highest_threshold(rest, BLOCK, lowest, k, top, scale, False, BLOCK)
+        else:
+            mass = _mass(row, vocab_size, lowest, top, scale, BLOCK)
+            bound = _highest_threshold(rest, BLOCK, lowest, p * mass, top, scale, True, BLOCK)
+        tl.debug_barrier()
+        size = vocab_size
+        bound = tl.maximum(lowest, bound)
+        if bound > 0:
+            size = _copy_from(row, rest, vocab_size, bound, BLOCK)
+        else:
+            rest = row
+        if by_count:
+            lowest = tl.maximum(lowest, _highest_threshold(rest, size, lowest, k, top, scale, False, BLOCK))
+            mass = _mass(rest, size, lowest, top, scale, BLOCK)
         if p < 1:
-            rest = scratch + tl.program_id(0).to(tl.int64) * vocab_size
-            size = _copy_from(row, rest, vocab_size, lowest, BLOCK)
-    if p < 1:
-        masses = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, size, BLOCK):
-            value = _block(rest, start, size, BLOCK)
-            masses += tl.where(_key(value) >= lowest, tl.exp2((value - top) * scale), 0.0)
-        target = tl.maximum(p * tl.sum(masses, 0), 1e-30)  # the most likely is always kept
-        lowest = tl.maximum(lowest, _highest_threshold(rest, size, lowest, target, top, scale, True, BLOCK))
+            target = tl.maximum(p * mass, 1e-30)  # the most likely is always kept
+            lowest = tl.maximum(lowest, _highest_threshold(rest, size, lowest, target, top, scale, True, BLOCK))
     for start in range(0, vocab_size, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         value = _block(row, start, vocab_size, BLOCK)
@@ -120,8 +144,8 @@ def truncate(
     top_p ≥ 1 and min_p = 0 mean off; a temperature of 0 counts as 1.
     """
     rows, vocab_size = logits.shape
-    scratch = torch.empty(rows, vocab_size, dtype=torch.float32, device=logits.device)
+    scratch = torch.empty(rows, max(BLOCK, vocab_size), dtype=torch.float32, device=logits.device)
     _truncate_kernel[(rows,)](
-        logits, scratch, temperature, top_k, top_p, min_p, logits.stride(0), vocab_size, BLOCK=BLOCK, num_warps=16,
-        **launch_options(logits.device),
+        logits, scratch, temperature, top_k, top_p, min_p, logits.stride(0), scratch.stride(0), vocab_size,
+        BLOCK=BLOCK, num_warps=16, **launch_options(logits.device),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 ALIGNMENT = 16
-NUM_BUFFERS = 3  # one more than steps in flight: a buffer is only rewritten when its copy is done
+NUM_BUFFERS = 3  # one more than steps in flight, so that a buffer's copy is long done when it is rewritten
 
 
 class StepInputs:
@@ -22,6 +22,7 @@ class StepInputs:
         self._device_buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self._host_buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_BUFFERS)]
         self._host_arrays = [buffer.numpy() for buffer in self._host_buffers]
+        self._copied = [torch.cuda.Event() for _ in range(NUM_BUFFERS)]
         self._turn = 0
 
     def upload(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -30,6 +31,7 @@ class StepInputs:
             return {name: torch.from_numpy(array) for name, array in arrays.items()}
         self._turn = (self._turn + 1) % NUM_BUFFERS
         host = self._host_arrays[self._turn]
+        self._copied[self._turn].synchronize()
         tensors = {}
         end = 0
         for name, array in arrays.items():
@@ -39,4 +41,5 @@ class StepInputs:
             tensors[name] = self._device_buffer[begin:end].view(dtype).view(array.shape)
             end = -(-end // ALIGNMENT) * ALIGNMENT
         self._device_buffer[:end].copy_(self._host_buffers[self._turn][:end], non_blocking=True)
+        self._copied[self._turn].record()
         return tensors
