@@ -1,9 +1,11 @@
 """On a GPU: parity with Hugging Face through Triton, CUDA graphs against eager, nothing compiled after warm-up."""
 
+import numpy as np
 import pytest
 import torch
 
 from minivllm import LLM, SamplingParams
+from minivllm.runner.step_inputs import StepInputs
 
 pytestmark = pytest.mark.gpu
 GREEDY = dict(temperature=0.0, ignore_eos=True)
@@ -102,3 +104,11 @@ def test_shutdown_frees_the_gpu(tiny):
 def test_out_of_memory_says_what_to_lower(tiny):
     with pytest.raises(ValueError, match="gpu_memory_utilization"):
         LLM(tiny("mha"), skip_tokenizer_init=True, gpu_memory_utilization=0.001)
+
+
+def test_inputs_wait_for_their_buffer():
+    """More uploads at once than there are host buffers, the device being busy: none takes another's values."""
+    inputs = StepInputs(1 << 22, torch.device("cuda"))
+    torch.cuda._sleep(200_000_000)
+    sums = [inputs.upload({"x": np.full(1 << 20, i, np.int32)})["x"].float().mean() for i in range(8)]
+    assert [round(mean.item()) for mean in sums] == list(range(8))

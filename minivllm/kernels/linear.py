@@ -114,8 +114,8 @@ def small_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x Wᵀ + b.  x: [rows, in], rows ≤ 64; weight: [out, in], contiguous, out a multiple of 4 (one row) or 64, in, for
-    more than one row, of 128, in 8 bits 256; bias: [out] or None; scale: [out] float32, by which the rows of a weight in
-    8 bits are multiplied.  Returns [rows, out] in x's dtype."""
+    more than one row, of 128, in 8 bits 256; bias: [out] or None; scale: [out] float32, by which the rows of a weight
+    in 8 bits are multiplied.  Returns [rows, out] in x's dtype."""
     rows, in_size = x.shape
     out_size = weight.shape[0]
     out = torch.empty(rows, out_size, dtype=x.dtype, device=x.device)

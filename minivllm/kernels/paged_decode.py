@@ -70,20 +70,9 @@ def _plan_kernel(
 
 
 @triton.jit
-def _stretch(worker, num_workers, num_tiles):
-    """A worker's part of `num_tiles` tiles: its first, how many.  The first ones take the tile more, if any."""
-    share = num_tiles // num_workers
-    longer = num_tiles % num_workers
-    return worker * share + tl.minimum(worker, longer), share + (worker < longer).to(tl.int32)
-
-
-@triton.jit
-def _owner(tile, num_workers, num_tiles):
-    """The worker in whose stretch `tile` lies."""
-    share = num_tiles // num_workers
-    longer = num_tiles % num_workers
-    after = tile - longer * (share + 1)
-    return tl.where(after < 0, tile // (share + 1), longer + after // tl.maximum(share, 1))
+def _share(num_workers, num_tiles):
+    """Tiles that a worker takes.  Rounded up: rows of equal length are then often cut at their ends."""
+    return tl.maximum(tl.cdiv(num_tiles, num_workers), 1)
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -99,7 +88,9 @@ def _decode_kernel(
     num_tiles = tl.load(total)
     if num_tiles == 0:
         return
-    start, count = _stretch(worker, tl.num_programs(0), num_tiles * HEADS)
+    share = _share(tl.num_programs(0), num_tiles * HEADS)
+    start = worker * share
+    count = tl.minimum(share, num_tiles * HEADS - start)
     head = start // num_tiles
     i = start % num_tiles
     offs_m = tl.arange(0, BLOCK_M)
@@ -172,17 +163,16 @@ def _reduce_kernel(
     """Add up the pieces of the (row, head) that this worker began and left to others to finish, if there is one."""
     worker = tl.program_id(0)
     num_tiles = tl.load(total)
-    start, count = _stretch(worker, tl.num_programs(0), num_tiles * HEADS)
-    final = start + count - 1  # the worker's last tile
-    i = tl.maximum(final, 0) % tl.maximum(num_tiles, 1)
+    share = _share(tl.num_programs(0), num_tiles * HEADS)
+    final = (worker + 1) * share - 1  # the worker's last tile
+    i = final % tl.maximum(num_tiles, 1)
     row = tl.load(tiles + i * 4).to(tl.int64)
     t = tl.load(tiles + i * 4 + 1)
     left = tl.load(tiles + i * 4 + 3)
     wait_for_inputs(PDL)
-    if (count == 0) | (left <= TILE) | (t >= count):
+    if (final >= num_tiles * HEADS) | (left <= TILE) | (t >= share):
         return
-    end = final + tl.cdiv(left, TILE) - 1  # the last tile of the (row, head)
-    last = _owner(end, tl.num_programs(0), num_tiles * HEADS)
+    last = (final + tl.cdiv(left, TILE) - 1) // share
     member = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_p = tl.arange(0, PIECES)
