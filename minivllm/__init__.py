@@ -11,11 +11,13 @@ from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestO
 from minivllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
+    from minivllm.async_llm import AsyncLLM
     from minivllm.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
     "Logprob",
@@ -33,4 +35,8 @@ def __getattr__(name: str) -> Any:
         from minivllm.llm import LLM
 
         return LLM
+    if name == "AsyncLLM":
+        from minivllm.async_llm import AsyncLLM
+
+        return AsyncLLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

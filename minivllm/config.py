@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from minivllm.engine.ngram import NgramConfig
@@ -32,34 +32,45 @@ NO_MEANING_HERE = {
 }
 
 
+def option(default: Any, help: str) -> Any:
+    """A field with a default and a line that the command line shows."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The settings of one engine, under vLLM's names.  None means: derived from model and device by `resolve`."""
 
-    dtype: str = "auto"
-    max_model_len: int | None = None  # tokens of prompt and output together; None: the model's own limit
-    max_num_seqs: int | None = None  # requests running at once; None: 256
-    max_num_batched_tokens: int | None = None  # tokens computed in one step; None: 8192 on a GPU, 2048 on a CPU
-    block_size: int = 64  # tokens in a KV-cache block
-    gpu_memory_utilization: float = 0.9  # share of the GPU's memory for weights, activations and KV cache
-    kv_cache_memory_bytes: int | None = None  # KV-cache size; None: all that is left on a GPU, up to 4 GiB on a CPU
-    kv_cache_dtype: str = "auto"  # "auto": the model's; "fp8" (8 bits, e4m3, scale 1): twice the tokens, less exact
-    quantization: str | None = None  # "fp8": linear layers rounded to 8 bits (e4m3) when loaded
-    enable_prefix_caching: bool = True
-    enforce_eager: bool = False  # True: no CUDA graphs
-    load_format: str = "auto"  # "pt": pytorch_model*.bin; "dummy": random weights
-    seed: int = 0  # of requests that bring none, and of dummy weights
-    max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for; -1: no limit
-    tensor_parallel_size: int = 1
-    speculative_config: dict[str, Any] | None = None  # {"method": "ngram", …}: see engine/ngram.py
-    device: str = "auto"  # "cuda", "cuda:N" or "cpu"; "auto": a GPU if there is one
-    async_scheduling: bool | None = None  # launch a step before the last one's tokens are read; None: on a GPU
-    backend: str = "auto"  # "triton" or "torch": who runs the operators; "auto": triton on a GPU
+    dtype: str = option("auto", "float32, bfloat16 or float16; auto: the model's, on a CPU float32")
+    max_model_len: int | None = option(None, "tokens of prompt and output together; default: the model's own limit")
+    max_num_seqs: int | None = option(None, "requests running at once; default: 256")
+    max_num_batched_tokens: int | None = option(
+        None, "tokens computed in one step; default: 8192 on a GPU, 2048 on a CPU"
+    )
+    block_size: int = option(64, "tokens in a KV-cache block")
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory for weights, activations and KV cache")
+    kv_cache_memory_bytes: int | None = option(
+        None, "KV-cache size; default: all that is left on a GPU, up to 4 GiB on a CPU"
+    )
+    kv_cache_dtype: str = option("auto", "auto: the model's; fp8 (8 bits, e4m3, scale 1): twice the tokens, less exact")
+    quantization: str | None = option(None, "fp8: linear layers rounded to 8 bits (e4m3) when loaded")
+    enable_prefix_caching: bool = option(True, "share the KV cache of equal beginnings")
+    enforce_eager: bool = option(False, "no CUDA graphs")
+    load_format: str = option("auto", "auto, safetensors, gguf, pt (pytorch_model*.bin) or dummy (random weights)")
+    seed: int = option(0, "of requests that bring none, and of dummy weights")
+    max_logprobs: int = option(20, "the most log probabilities a request may ask for; -1: no limit")
+    tensor_parallel_size: int = option(1, "GPUs that share the model")
+    speculative_config: dict[str, Any] | None = option(None, '{"method": "ngram", "num_speculative_tokens": N, …}')
+    device: str = option("auto", "cuda, cuda:N or cpu; auto: a GPU if there is one")
+    async_scheduling: bool | None = option(
+        None, "launch a step before the last one's tokens are read; default: on a GPU"
+    )
+    backend: str = option("auto", "triton or torch: who runs the operators; auto: triton on a GPU")
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> EngineConfig:
         """From keyword arguments as users give them: unknown ones are errors, vLLM's meaningless ones warn."""
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls)]
         reject_unknown(arguments, [*known, *NO_MEANING_HERE], "LLM")
         for name in arguments.keys() & NO_MEANING_HERE.keys():
             warnings.warn(f"{name} has no effect: {NO_MEANING_HERE[name]}", stacklevel=3)
@@ -88,11 +99,11 @@ class EngineConfig:
             NgramConfig.from_dict(self.speculative_config)
         if self.quantization not in (None, "fp8"):
             raise ValueError(f"quantization must be None or 'fp8', got {self.quantization!r}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_none = value is None and field.type == "bool | None"
-            if field.type in ("bool", "bool | None") and not isinstance(value, bool) and not is_none:
-                raise ValueError(f"{field.name} must be True or False, got {value!r}")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            is_none = value is None and one.type == "bool | None"
+            if one.type in ("bool", "bool | None") and not isinstance(value, bool) and not is_none:
+                raise ValueError(f"{one.name} must be True or False, got {value!r}")
         if not isinstance(self.gpu_memory_utilization, (int, float)) or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 import signal
@@ -19,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
-from minivllm.chat_template import Message, is_conversation, load_template, render
+from minivllm.chat_template import Message
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
+from minivllm.inputs import CheckedRequest, InputProcessor, Prompt, is_one_prompt
 from minivllm.loading import resolve
 from minivllm.metrics import Metric, collect
 from minivllm.model_config import ModelConfig, override
@@ -29,9 +29,6 @@ from minivllm.models import model_class
 from minivllm.outputs import RequestOutput
 from minivllm.runner.executor import LocalExecutor
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
-
-Prompt = str | list[int] | dict[str, Any]
-CheckedRequest = tuple[list[int], SamplingParams, str | None]  # token ids, params, text if known
 
 
 class LLM:
@@ -81,16 +78,13 @@ class LLM:
         model_config = ModelConfig.from_hf(hf_config, files.generation_config)
         # Refuses what is not supported before anything is loaded.
         self.model_config = model_class(model_config.architecture, trust_remote_code).adapt(model_config)
-        self._chat_template = load_template(chat_template)
         self.config = config.resolve(self.model_config, device)
-        self._generation_config = files.generation_config
-        self._tokenizer = None
-        if files.tokenizer_folder is not None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(files.tokenizer_folder)
+        assert self.config.max_model_len is not None
+        self.inputs = InputProcessor(
+            files.load_tokenizer(), chat_template, files.generation_config, self.config.max_model_len
+        )
         self._executor = LocalExecutor(self.config, self.model_config, files.weights)
-        self.engine = Engine(self.config, self.model_config, self._executor, self._tokenizer)
+        self.engine = Engine(self.config, self.model_config, self._executor, self.inputs.tokenizer)
         self._request_ids = itertools.count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request: the outputs its call has not taken yet
         self._is_shut_down = False
@@ -159,36 +153,10 @@ class LLM:
         prompts = [self.preprocess_chat(m, **options) for m in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def preprocess_chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[dict[str, Any]] | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> Prompt:
-        """The prompt that `chat` makes of a conversation, as `generate` and `stream` take it.
-
-        chat_template: text or file, in place of the model's own.  add_generation_prompt: begin the answer.
-        continue_final_message: go on with the last message instead.  tools: functions that the model may call, as JSON
-        schemas.  chat_template_kwargs: further arguments of the template.
-        """
-        tokenizer = self.get_tokenizer()
-        if not is_conversation(messages):
-            raise ValueError('messages must be a list of {"role": …, "content": …}, with at least one of them')
-        text = render(
-            tokenizer,
-            messages,
-            chat_template=load_template(chat_template) or self._chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
-        return {"prompt": text, "prompt_token_ids": ids}
+    def preprocess_chat(self, messages: Sequence[Message], **options: Any) -> Prompt:
+        """The prompt that `chat` makes of a conversation, as `generate` and `stream` take it; options as for
+        `InputProcessor.preprocess_chat`."""
+        return self.inputs.preprocess_chat(messages, **options)
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
         """The most likely continuations of each prompt; prompts as for `generate`.
@@ -206,10 +174,10 @@ class LLM:
             params,
             self.engine.scheduler.eos_token_ids,
         )
-        if self._tokenizer is not None:
+        if self.inputs.tokenizer is not None:
             for output in outputs:
                 for sequence in output.sequences:
-                    sequence.text = str(self._tokenizer.decode(sequence.tokens))
+                    sequence.text = str(self.inputs.tokenizer.decode(sequence.tokens))
         return outputs
 
     def get_metrics(self) -> list[Metric]:
@@ -218,15 +186,11 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer; ValueError if there is none (skip_tokenizer_init)."""
-        if self._tokenizer is None:
-            raise ValueError("skip_tokenizer_init=True: there is no tokenizer; give token ids as prompts")
-        return self._tokenizer
+        return self.inputs.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
-        names = {"max_new_tokens": "max_tokens", **{n: n for n in ("temperature", "top_k", "top_p", "min_p")}}
-        given = {ours: self._generation_config.get(theirs) for theirs, ours in names.items()}
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+        return SamplingParams(**self.inputs.default_options())
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes."""
@@ -253,10 +217,8 @@ class LLM:
         """What `_run` takes, or a ValueError that says which prompt or params are wrong."""
         if self._is_shut_down:
             raise ValueError("this LLM was shut down; make another")
-        if isinstance(prompts, (str, dict)) or (
-            isinstance(prompts, list) and prompts and all(isinstance(token, int) for token in prompts)
-        ):
-            prompts = [prompts]  # type: ignore[list-item]
+        if is_one_prompt(prompts):
+            prompts = [prompts]  # type: ignore[assignment]
         if not isinstance(prompts, Sequence):
             raise ValueError(f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}")
         if sampling_params is None:
@@ -274,32 +236,13 @@ class LLM:
         for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
             if not isinstance(params, SamplingParams):
                 raise ValueError(f"sampling_params[{i}] must be a SamplingParams, got {type(params).__name__}")
-            params = copy.copy(params)
-            params.output_kind = output_kind
             try:
-                text, token_ids = self._tokenize(prompt)
-                if params.truncate_prompt_tokens is not None:
-                    most = params.truncate_prompt_tokens
-                    token_ids = token_ids[-((self.config.max_model_len or 0) - 1 if most == -1 else most) :]
-                self.engine.check_request(token_ids, params)
+                request = self.inputs.check(prompt, params, output_kind)
+                self.engine.check_request(*request[:2])
             except ValueError as error:
                 raise ValueError(f"prompts[{i}]: {error}") from None
-            checked.append((token_ids, params, text))
+            checked.append(request)
         return checked
-
-    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
-        """(text if known, token ids) of one prompt."""
-        text = None
-        if isinstance(prompt, dict):
-            if not prompt.keys() & {"prompt", "prompt_token_ids"} or prompt.keys() - {"prompt", "prompt_token_ids"}:
-                raise ValueError(f'a prompt dict has "prompt" or "prompt_token_ids", got the keys {list(prompt)}')
-            text = prompt.get("prompt")
-            prompt = prompt.get("prompt_token_ids", text)
-        if isinstance(prompt, str):
-            return prompt, self.get_tokenizer()(prompt).input_ids
-        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
-            raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
-        return text, list(prompt)
 
     def _run(self, requests: Sequence[CheckedRequest], longest_first: bool = False) -> Iterator[RequestOutput]:
         """Queue requests and step the engine until they are done; abort what is left of them if that is cut short.

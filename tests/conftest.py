@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 
 # Read when torch is loaded: threads that wait sleep, since on busy cores those that spin take tens of times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -169,3 +170,68 @@ def greedy(hugging_face):
         return out[:, longest:].tolist()
 
     return lambda folder, prompts, num_tokens: generate(folder, tuple(map(tuple, prompts)), num_tokens)
+
+
+class RunningServer:
+    """The server in this process, on a thread of its own, so that a test can look into its engine."""
+
+    def __init__(self, model, **options):
+        import asyncio
+        import threading
+
+        import uvicorn
+
+        from minivllm.async_llm import AsyncLLM
+        from minivllm.server.app import bind, make_app
+        from minivllm.server.service import ServerOptions
+
+        listener = bind("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        names = ("model_names", "api_keys", "max_queued_requests", "max_body_bytes", "tool_call_parser")
+        server_options = {name: options.pop(name) for name in names if name in options}
+        self.llm = AsyncLLM(model, device="cpu", **options)
+        app = make_app(self.llm, ServerOptions(**{"model_names": ["smol"]} | server_options))
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        self.loop = asyncio.new_event_loop()
+
+        def run():
+            asyncio.set_event_loop(self.loop)
+            self.loop.run_until_complete(self._server.serve([listener]))
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    def call(self, coroutine):
+        """The result of a coroutine run on the server's loop."""
+        import asyncio
+
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def metric(self, name):
+        """A figure of the engine after its last step."""
+        return next(metric.value for metric in self.llm.get_metrics() if metric.name == f"vllm:{name}")
+
+    def wait_until_idle(self, seconds=10.0):
+        """Wait until no request is left, and check that the engine lost nothing."""
+        end = time.monotonic() + seconds
+        while self.llm.num_unfinished or self.metric("num_requests_running") or self.metric("kv_cache_usage_perc"):
+            assert time.monotonic() < end, "requests are left over"
+            time.sleep(0.01)
+        self.call(self.llm.check_integrity())
+
+    def close(self):
+        self._server.should_exit = True
+        self._thread.join(30)
+        self.llm.shutdown()
+
+
+@pytest.fixture(scope="session")
+def server(embedded):
+    """A server with the embedded model, which answers to the name smol."""
+    pytest.importorskip("uvicorn")
+    running = RunningServer(embedded, max_model_len=2048, max_num_seqs=64, block_size=16, kv_cache_memory_bytes=1 << 28)
+    yield running
+    running.close()

@@ -14,19 +14,39 @@ from typing import Any
 
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
 
+COMMANDS = {
+    "throughput": "end-to-end tokens/s of many requests at once",
+    "latency": "seconds of one batch, from its prompts to its last tokens",
+    "serve": "requests at a given rate to any OpenAI-compatible server",
+    "kernels": "the decode-attention kernel beside a token-by-token one, on a GPU",
+}
 
-def main(argv: Sequence[str]) -> int:
-    """Run `bench.py` with these arguments; returns the exit status.  A user's mistakes are one line on stderr."""
+
+def main(argv: Sequence[str], prog: str = "bench.py") -> int:
+    """Run a benchmark with these arguments; returns the exit status.  A user's mistakes are one line on stderr.
+
+    Without the name of one it is throughput, for `bench.py`.
+    """
+    command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("throughput", argv)
+    if command == "throughput" and rest is argv and prog != "bench.py":
+        lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
+        print(f"usage: {prog} COMMAND [options]\n", *lines, f"\n`{prog} COMMAND --help` explains one.", sep="\n")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    named = prog if rest is argv else f"{prog} {command}"
     try:
-        if argv[:1] == ["kernels"]:
-            _bench_kernels(parse_kernels(argv[1:]))
+        if command == "kernels":
+            _bench_kernels(parse_kernels(rest, named))
+        elif command == "serve":
+            _bench_serve(rest, named)
+        elif command == "latency":
+            _bench_latency(parse_latency(rest, named))
         else:
-            _bench_throughput(parse_throughput(argv))
+            _bench_throughput(parse_throughput(rest, named))
     except (ValueError, OSError) as error:
-        print(f"bench.py: error: {error}", file=sys.stderr)
+        print(f"{named}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench.py: interrupted", file=sys.stderr)
+        print(f"{named}: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -49,16 +69,16 @@ def _output_file(text: str) -> str:
     return text
 
 
-def parse_throughput(argv: Sequence[str]) -> argparse.Namespace:
+def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Namespace:
+    others = ", ".join(name for name in COMMANDS if name != "throughput")
     parser = argparse.ArgumentParser(
-        prog="bench.py",
-        usage="bench.py [options]  or  bench.py kernels [options]",
-        description="End-to-end tokens/s of minivllm.  `bench.py kernels --help`: the decode-attention kernel.",
+        prog=prog,
+        usage=f"{prog} [options]" + (f"  or  {prog} COMMAND [options]" if prog == "bench.py" else ""),
+        description="End-to-end tokens/s of minivllm.",
+        epilog=f"Further commands: {others}." if prog == "bench.py" else None,
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", help="folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct")
-    what.add_argument("--shape", choices=SHAPES, help="a public model's shape with random weights")
     add = parser.add_argument
+    _add_model(parser)
     add("--num-prompts", type=_at_least(1), metavar="N", help="requests; default: 256 on a GPU, 16 on a CPU")
     add("--input-len", type=_at_least(1), metavar="N", help="prompt tokens; default: 100-1024 on a GPU, 64 on a CPU")
     add("--output-len", type=_at_least(1), metavar="N", help="output tokens; default: 100-1024 on a GPU, 64 on a CPU")
@@ -80,9 +100,39 @@ def parse_throughput(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def parse_kernels(argv: Sequence[str]) -> argparse.Namespace:
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", help="folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct")
+    what.add_argument("--shape", choices=SHAPES, help="a public model's shape with random weights")
+
+
+def parse_latency(argv: Sequence[str], prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="bench.py kernels", description="Time of decode attention and KV bytes read a second, on a GPU."
+        prog=prog, description="Seconds of one batch, from its prompts to its last tokens."
+    )
+    _add_model(parser)
+    add = parser.add_argument
+    add("--batch-size", type=_at_least(1), default=8, metavar="N", help="prompts at once (%(default)s)")
+    add("--input-len", type=_at_least(1), default=32, metavar="N", help="prompt tokens (%(default)s)")
+    add("--output-len", type=_at_least(1), default=128, metavar="N", help="output tokens (%(default)s)")
+    add(
+        "--num-iters-warmup",
+        type=_at_least(0),
+        default=2,
+        metavar="N",
+        help="runs before those that count (%(default)s)",
+    )
+    add("--num-iters", type=_at_least(1), default=5, metavar="N", help="runs that count (%(default)s)")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's, on a CPU float32")
+    add("--max-model-len", type=_at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
+    add("--eager", action="store_true", help="no CUDA graphs")
+    add("--json", type=_output_file, metavar="FILE", help="write all figures")
+    return parser.parse_args(argv)
+
+
+def parse_kernels(argv: Sequence[str], prog: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Time of decode attention and KV bytes read a second, on a GPU."
     )
     parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens in a KV block (%(default)s)")
     parser.add_argument("--json", type=_output_file, metavar="FILE", help="write all figures")
@@ -166,11 +216,45 @@ def _bench_throughput(args: argparse.Namespace) -> None:
         report.plot(args.plot, f"{name} on {setup['device']}\n{workload}", figures, moments, step)
 
 
+def _bench_serve(argv: Sequence[str], prog: str) -> None:
+    from minivllm.bench import serve
+
+    parser = argparse.ArgumentParser(prog=prog, description="Send requests to an OpenAI-compatible server and time it.")
+    serve.add_arguments(parser)
+    serve.run(parser.parse_args(argv))
+
+
+def _bench_latency(args: argparse.Namespace) -> None:
+    from minivllm import LLM
+    from minivllm.bench import latency, report
+    from minivllm.loading import embedded_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape:
+            write_config(args.shape, folder)
+        with LLM(
+            folder if args.shape else args.model or embedded_model(),
+            load_format="dummy" if args.shape else "auto",
+            skip_tokenizer_init=True,
+            dtype=args.dtype,
+            max_model_len=args.max_model_len or (4096 if args.shape else None),
+            max_num_seqs=args.batch_size,
+            enforce_eager=args.eager,
+        ) as llm:
+            seconds = latency.measure(
+                llm, args.batch_size, args.input_len, args.output_len, args.num_iters_warmup, args.num_iters
+            )
+            figures = latency.figures(seconds, args.batch_size * args.output_len)
+            report.print_pairs({"engine": report.engine(llm), **{k: f"{v:.4g}" for k, v in figures.items()}})
+    if args.json:
+        report.write_json(args.json, {"seconds": seconds, **figures})
+
+
 def _bench_kernels(args: argparse.Namespace) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise ValueError("`bench.py kernels` times GPU kernels, and there is no CUDA GPU here")
+        raise ValueError("this times GPU kernels, and there is no CUDA GPU here")
     from minivllm.bench import kernels, report
 
     print(f"decode attention on {torch.cuda.get_device_name()}, bfloat16, blocks of {args.block_size} tokens")

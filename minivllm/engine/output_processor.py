@@ -30,8 +30,10 @@ class Group:
 
     request_id: str
     prompt: str | None
+    prompt_token_ids: list[int]
     params: SamplingParams
     samples: list[Sample]
+    reported_prompt_logprobs: bool = False
 
     @property
     def finished(self) -> bool:
@@ -47,7 +49,8 @@ class OutputProcessor:
 
     def add(self, request_id: str, prompt: str | None, params: SamplingParams, requests: list[Request]) -> None:
         """Take care of the n `requests` of a user's request."""
-        group = Group(request_id, prompt, params, [])
+        first = requests[0]
+        group = Group(request_id, prompt, first.token_ids[: first.num_prompt_tokens], params, [])
         self.groups[request_id] = group
         for index, request in enumerate(requests):
             detokenizer = None
@@ -89,13 +92,15 @@ class OutputProcessor:
     def _output(self, group: Group, samples: list[Sample]) -> RequestOutput:
         first = group.samples[0].request
         prompt_logprobs = None
-        if first.params.prompt_logprobs is not None:
+        if first.params.prompt_logprobs is not None and not group.reported_prompt_logprobs:
+            # Of the parts of an output, the first one has them: all are known once a token has been sampled.
+            group.reported_prompt_logprobs = group.params.output_kind == RequestOutputKind.DELTA
             ids = first.token_ids[1 : 1 + len(first.prompt_logprobs)]
             prompt_logprobs = [None, *map(self._logprobs, ids, first.prompt_logprobs)]
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
-            prompt_token_ids=first.token_ids[: first.num_prompt_tokens],
+            prompt_token_ids=group.prompt_token_ids,
             outputs=[self._completion(sample) for sample in samples],
             finished=group.finished,
             metrics=first.metrics,

@@ -29,6 +29,14 @@ class ModelFiles:
     tokenizer_folder: str | None  # for AutoTokenizer.from_pretrained
     weights: WeightSource | None
 
+    def load_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, or None."""
+        if self.tokenizer_folder is None:
+            return None
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.tokenizer_folder)
+
 
 def resolve(
     model: str | None,

@@ -1,0 +1,376 @@
+"""AsyncLLM: the front door of servers.  Many requests at once, each an asynchronous stream of outputs.
+
+The engine runs in a process of its own (`engine_process.py`): tokenizing, JSON and slow readers share an interpreter
+here, and its lock, with each other but never with a GPU step.  A reader that falls behind finds what came meanwhile put
+together in one output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from minivllm.engine_process import EngineFacts, Packed, unpack
+from minivllm.inputs import InputProcessor, Prompt
+from minivllm.loading import resolve
+from minivllm.metrics import Metric
+from minivllm.outputs import CompletionOutput, RequestOutput
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+SHUTDOWN_SECONDS = 10.0
+
+
+class EngineDeadError(RuntimeError):
+    """The engine has failed; no request can be answered any more."""
+
+
+class OutputStream:
+    """The outputs of one request, as they come: `async for output in stream`.
+
+    Each carries what is new since the one before, all so far, or only the end, as `output_kind` of the params says.
+    """
+
+    def __init__(
+        self, llm: AsyncLLM, request_id: str, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.num_outputs = params.n
+        self.arrival_time = time.monotonic()  # seconds
+        self._cumulative = params.output_kind == RequestOutputKind.CUMULATIVE
+        self._llm = llm
+        self.loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._pending: list[Packed] = []
+        self._so_far: dict[int, CompletionOutput] = {}
+        self._finished = False
+        self.accepted: asyncio.Future[None] = self.loop.create_future()
+
+    def put(self, packed: Packed) -> None:
+        self._pending.append(packed)
+        self._news.set()
+
+    def fail(self) -> None:
+        """The engine is dead: whoever waits is to see."""
+        if not self.accepted.done():
+            self.accepted.set_exception(self._llm.dead_error())
+        self._news.set()
+
+    def __aiter__(self) -> OutputStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._finished:
+            raise StopAsyncIteration
+        while not self._pending:
+            if self._llm.errored:
+                raise self._llm.dead_error()
+            self._news.clear()
+            await self._news.wait()
+        packed, self._pending = self._pending, []
+        output = merge([unpack(one, self.prompt, self.prompt_token_ids) for one in packed])
+        self._finished = output.finished
+        if self._cumulative:
+            for new in output.outputs:
+                old = self._so_far.get(new.index)
+                self._so_far[new.index] = new if old is None else _joined(old, new)
+            output.outputs = [self._so_far[new.index] for new in output.outputs]
+        return output
+
+    async def aclose(self) -> None:
+        """Abort the request if it is unfinished."""
+        if not self._finished:
+            self._finished = True
+            await self._llm.abort(self.request_id)
+
+
+def merge(outputs: list[RequestOutput]) -> RequestOutput:
+    """One output that carries the news of several of the same request, in their order."""
+    last = outputs[-1]
+    if len(outputs) > 1:
+        completions: dict[int, CompletionOutput] = {}
+        for output in outputs:
+            for new in output.outputs:
+                old = completions.get(new.index)
+                completions[new.index] = new if old is None else _joined(old, new)
+            last.prompt_logprobs = last.prompt_logprobs or output.prompt_logprobs
+        last.outputs = list(completions.values())
+    return last
+
+
+def _joined(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
+    logprobs = None if new.logprobs is None else [*(old.logprobs or ()), *new.logprobs]
+    return CompletionOutput(
+        index=new.index,
+        text=old.text + new.text,
+        token_ids=old.token_ids + new.token_ids,
+        cumulative_logprob=new.cumulative_logprob,
+        logprobs=logprobs,
+        finish_reason=new.finish_reason,
+        stop_reason=new.stop_reason,
+    )
+
+
+class AsyncLLM:
+    """A model, ready to generate for many callers at once.  Arguments and errors as for `LLM`.
+
+    Returns when the engine is ready.  `async for output in llm.generate(prompt, params): …`
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        skip_tokenizer_init: bool = False,
+        chat_template: str | Path | None = None,
+        **arguments: Any,
+    ) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._error: str | None = None
+        self._is_shut_down = False
+        # What is fetched or converted is so once, here; the engine finds it done.
+        files = resolve(
+            None if model is None else os.fspath(model), tokenizer, revision,
+            need_tokenizer=not skip_tokenizer_init, need_weights=arguments.get("load_format") != "dummy",
+            pickled=arguments.get("load_format") == "pt",
+        )  # fmt: skip
+        self.model = files.name
+        # A wrong template shows before anything is loaded.
+        inputs = InputProcessor(files.load_tokenizer(), chat_template, files.generation_config, 0)
+        self._start(model, {"tokenizer": tokenizer, "revision": revision,
+                            "skip_tokenizer_init": skip_tokenizer_init, **arguments})  # fmt: skip
+        inputs.max_model_len = self.facts.max_model_len
+        self.inputs = inputs
+        self._metrics = self.facts.metrics
+        self._streams: dict[str, OutputStream] = {}
+        self._calls: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]] = {}
+        self._call_ids = itertools.count()
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # tokenizers are not made for several threads
+        self._sending = threading.Lock()
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def _start(self, model: Any, arguments: dict[str, Any]) -> None:
+        """Start the engine's process and wait until it is ready."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # Not multiprocessing: that would import the caller's main module once more.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from minivllm.engine_process import main; main({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
+                # On a CPU, threads that wait sleep: those that spin would take the cores from this process.
+                env={"OMP_WAIT_POLICY": "passive"}
+                | os.environ
+                | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+        try:
+            self._connection.send((model, arguments))
+            word, *content = self._connection.recv()
+        except (EOFError, OSError):
+            raise EngineDeadError(f"the engine's process ended with status {self._process.wait()}") from None
+        except BaseException:
+            self._process.kill()
+            raise
+        if word == "failed":
+            self._process.wait()
+            error, trace = content
+            raise error or EngineDeadError(trace)
+        self.facts: EngineFacts = content[0]
+
+    async def add_request(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> OutputStream:
+        """Queue a request and return the stream of its outputs; to leave that early, call its `aclose`.
+
+        prompt: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.  sampling_params: None for the model's
+        defaults.  request_id: None for a new one.  Raises ValueError if the request cannot be run, EngineDeadError if
+        the engine has failed.
+        """
+        if self.errored:
+            raise self.dead_error()
+        loop = asyncio.get_running_loop()
+        params = SamplingParams(**self.inputs.default_options()) if sampling_params is None else sampling_params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
+        final = params.output_kind == RequestOutputKind.FINAL_ONLY
+        kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
+        token_ids, sent, text = await loop.run_in_executor(self._tokenizing, self.inputs.check, prompt, params, kind)
+        request_id = uuid.uuid4().hex if request_id is None else request_id
+        if request_id in self._streams:
+            raise ValueError(f"request_id {request_id!r} is in use; choose another")
+        stream = OutputStream(self, request_id, text, token_ids, params)
+        self._streams[request_id] = stream
+        try:
+            self._send("add", request_id, token_ids, sent, text)
+            await stream.accepted
+        except asyncio.CancelledError:
+            await self.abort(request_id)
+            raise
+        except Exception:
+            self._streams.pop(request_id, None)
+            raise
+        return stream
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one request as they come; arguments and errors as for `add_request`.  Closing the generator,
+        or cancelling whoever waits for it, aborts the request."""
+        stream = await self.add_request(prompt, sampling_params, request_id)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            await stream.aclose()
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests; whoever still reads one gets an output whose finish_reason is "abort"."""
+        request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        if not self.errored:
+            self._send("abort", request_ids)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; requests that run keep their blocks."""
+        return await self._call("reset_prefix_cache")
+
+    async def check_integrity(self) -> None:
+        """Raise RuntimeError if a request, slot or KV block has been lost.  Meant for tests."""
+        await self._call("check_integrity")
+
+    def get_metrics(self) -> list[Metric]:
+        """The engine's figures after its last step, under vLLM's names."""
+        return self._metrics
+
+    def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer; ValueError if there is none (skip_tokenizer_init)."""
+        return self.inputs.get_tokenizer()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Outputs that are still to come to their end."""
+        return sum(stream.num_outputs for stream in self._streams.values())
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine has failed, or was shut down."""
+        return self._error is not None
+
+    def dead_error(self) -> EngineDeadError:
+        """What callers get once the engine has failed."""
+        return EngineDeadError(f"the engine has failed: {self._error}")
+
+    def shutdown(self) -> None:
+        """End the engine's process and free its memory.  Requests that run end with EngineDeadError."""
+        self._is_shut_down = True
+        if self._process is None:
+            return
+        self._connection_shutdown()
+        try:
+            self._process.wait(SHUTDOWN_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._tokenizing.shutdown(wait=False)
+
+    def __enter__(self) -> AsyncLLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _connection_shutdown(self) -> None:
+        """Let both sides' reads end."""
+        end = socket.socket(fileno=os.dup(self._connection.fileno()))
+        with end, contextlib.suppress(OSError):  # the other side may be gone already
+            end.shutdown(socket.SHUT_RDWR)
+
+    async def _call(self, name: str) -> Any:
+        if self.errored:
+            raise self.dead_error()
+        loop = asyncio.get_running_loop()
+        call_id, future = next(self._call_ids), loop.create_future()
+        self._calls[call_id] = loop, future
+        self._send("call", call_id, name)
+        return await future
+
+    def _send(self, *command: Any) -> None:
+        try:
+            with self._sending:
+                self._connection.send(command)
+        except OSError:
+            raise EngineDeadError(f"the engine has failed: {self._error or 'its process is gone'}") from None
+
+    def _receive(self) -> None:
+        """What a thread does: read messages and hand them to the event loops that wait for them."""
+        try:
+            while True:
+                word, *content = self._connection.recv()
+                if word == "outputs":
+                    outputs, self._metrics = content
+                    loops: dict[asyncio.AbstractEventLoop, list[Packed]] = {}
+                    for packed in outputs:
+                        if (stream := self._streams.get(packed[0])) is not None:
+                            loops.setdefault(stream.loop, []).append(packed)
+                    for loop, own in loops.items():
+                        _post(loop, self._deliver, own)
+                elif word == "added":
+                    if (stream := self._streams.get(content[0])) is not None:
+                        _post(stream.loop, self._accept, *content)
+                elif word == "result":
+                    call_id, value, error = content
+                    loop, future = self._calls.pop(call_id)
+                    _post(loop, _settle, future, value, None if error is None else RuntimeError(error))
+                elif word == "dead":
+                    self._error = str(content[0])
+        except (EOFError, OSError):
+            pass
+        if self._error is None:
+            self._error = "it was shut down" if self._is_shut_down else "its process is gone"
+        for stream in list(self._streams.values()):
+            _post(stream.loop, stream.fail)
+        for loop, future in list(self._calls.values()):
+            _post(loop, _settle, future, None, self.dead_error())
+
+    def _deliver(self, outputs: list[Packed]) -> None:
+        for packed in outputs:
+            request_id, finished = packed[:2]
+            stream = self._streams.pop(request_id, None) if finished else self._streams.get(request_id)
+            if stream is not None:
+                stream.put(packed)
+
+    def _accept(self, request_id: str, wrong: str | None) -> None:
+        stream = self._streams.get(request_id) if wrong is None else self._streams.pop(request_id, None)
+        if stream is not None:
+            _settle(stream.accepted, None, None if wrong is None else ValueError(wrong))
+
+
+def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(value)
+
+
+def _post(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> None:
+    """Have the loop call this; a loop that is closed has nobody left who waits."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)

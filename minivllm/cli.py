@@ -1,0 +1,204 @@
+"""The command `minivllm`: serve | chat | generate | bench.  What needs torch is imported once arguments are right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from minivllm import __version__
+from minivllm.config import EngineConfig
+
+MODEL_HELP = "folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.  A user's mistakes are one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        from minivllm.bench import cli as bench
+
+        return bench.main(arguments[1:], prog="minivllm bench")
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"minivllm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("minivllm: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minivllm",
+        description="A minimal LLM inference engine.",
+        epilog="`minivllm COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"minivllm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        one.set_defaults(run=run)
+        one.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+        return one
+
+    _add_serve(command("serve", _serve, "serve a model to OpenAI's clients and to browsers"))
+    _add_chat(command("chat", _chat, "talk to a model, in this process or on a server"))
+    _add_generate(command("generate", _generate, "complete prompts and print what comes"))
+    commands.add_parser("bench", help="measure: throughput, latency, serve or kernels", add_help=False)
+    return parser
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """An option for each field of EngineConfig, and for what names the model's parts."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--tokenizer", metavar="PLACE", help="where the tokenizer comes from; default: the model")
+    group.add_argument("--skip-tokenizer-init", action="store_const", const=True, help="prompts are token ids only")
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    group.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's own")
+    group.add_argument("--hf-overrides", type=_json_object, metavar="JSON", help="entries of config.json to change")
+    for one in fields(EngineConfig):
+        flag, kind = "--" + one.name.replace("_", "-"), str(one.type).removesuffix(" | None")
+        help = one.metadata["help"].replace("%", "%%")
+        if kind == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
+        else:
+            types: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+            shown = f" ({one.default})" if one.default not in (None, "auto") else ""
+            group.add_argument(flag, type=types.get(kind, _json_object), metavar="X", help=help + shown)
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The given ones, as LLM and AsyncLLM take them."""
+    parts = ("tokenizer", "skip_tokenizer_init", "revision", "chat_template", "hf_overrides")
+    names = [*parts, *(one.name for one in fields(EngineConfig))]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("server").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (%(default)s)")
+    add("--port", type=int, default=8000, help="0: any free one (%(default)s)")
+    add(
+        "--api-key", action="append", default=[], metavar="KEY", help="clients must send it; default: $MINIVLLM_API_KEY"
+    )
+    add("--served-model-name", nargs="+", metavar="NAME", help="what clients call the model; default: MODEL")
+    add("--max-queued-requests", type=int, default=1024, metavar="N",
+        help="that wait beyond those that run; more get status 429 (%(default)s)")  # fmt: skip
+    add("--max-body-mib", type=int, default=32, metavar="N", help="largest request body (%(default)s)")
+    add("--tool-call-parser", metavar="NAME", help="how the model writes tool calls; default: by its chat template")
+    add("--allowed-origins", type=json.loads, default=[], metavar="JSON", help="of web pages that may call: a list")
+    add("--grace-period", type=int, default=30, metavar="SECONDS",
+        help="that running requests have after SIGTERM (%(default)s)")  # fmt: skip
+    add("--access-log", action="store_true", help="a line for each request")
+    add_engine_arguments(parser)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    try:
+        from minivllm.server.app import bind, serve
+        from minivllm.server.service import ServerOptions
+        from minivllm.server.tool_parsers import PARSERS
+    except ImportError as error:
+        raise ImportError(f"{error}; the server needs more: pip install 'minivllm[server]'") from None
+    if args.tool_call_parser is not None and args.tool_call_parser not in PARSERS:
+        raise ValueError(f"--tool-call-parser must be one of {', '.join(PARSERS)}; got {args.tool_call_parser!r}")
+    if not isinstance(args.allowed_origins, list):
+        raise ValueError("--allowed-origins must be a JSON list of origins")
+    for name in ("max_queued_requests", "grace_period"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+    listener = bind(args.host, args.port)
+    from minivllm.async_llm import AsyncLLM
+
+    environment = os.environ.get("MINIVLLM_API_KEY")
+    serve(
+        listener,
+        lambda: AsyncLLM(args.model, **engine_arguments(args)),
+        lambda llm: ServerOptions(
+            model_names=args.served_model_name or [args.model or llm.model],
+            api_keys=args.api_key or ([environment] if environment else []),
+            max_queued_requests=args.max_queued_requests,
+            max_body_bytes=args.max_body_mib << 20,
+            tool_call_parser=args.tool_call_parser,
+            allowed_origins=args.allowed_origins,
+        ),
+        args.grace_period,
+        args.access_log,
+    )
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-tokens", type=int, default=max_tokens, metavar="N", help="in an answer (%(default)s)")
+    add("--temperature", type=float, metavar="T", help="0 is greedy; default: the model's own")
+    add("--top-p", type=float, metavar="P", help="default: the model's own")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given more than once; default: stdin")
+    _add_sampling_arguments(parser, 128)
+    add_engine_arguments(parser)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from minivllm.sampling_params import SamplingParams
+
+    SamplingParams(**_sampling_options(args))  # mistakes show before anything is loaded
+    prompts = args.prompt or [sys.stdin.read()]
+    from minivllm import LLM
+
+    with LLM(args.model, **engine_arguments(args)) as llm:
+        options = llm.inputs.default_options() | _sampling_options(args)
+        for output in llm.generate(prompts, SamplingParams(**options), use_tqdm=False):
+            if len(prompts) > 1:
+                print(f"--- {output.prompt}")
+            print(output.outputs[0].text)
+
+
+def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    given = dict(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", help="of any OpenAI-compatible server, such as http://127.0.0.1:8000; default: no server"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="for the server; default: $OPENAI_API_KEY")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    _add_sampling_arguments(parser, 512)
+    add_engine_arguments(parser)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from minivllm import chat
+    from minivllm.sampling_params import SamplingParams
+
+    SamplingParams(**_sampling_options(args))
+    if args.url is not None:
+        model = chat.RemoteModel(args.url, args.model, args.api_key or os.environ.get("OPENAI_API_KEY"))
+        return chat.run(model, args.system, _sampling_options(args))
+    from minivllm import LLM
+
+    # Small blocks: only full ones are cached, so more of a short conversation is.
+    with LLM(args.model, **{"block_size": 16} | engine_arguments(args)) as llm:
+        chat.run(chat.LocalModel(llm), args.system, llm.inputs.default_options() | _sampling_options(args))

@@ -1,0 +1,168 @@
+"""The engine in a process of its own, where nothing that its users do can hold up a step.
+
+Its parent (`AsyncLLM`) starts it and talks to it over one connection.  Commands and messages are tuples, the first
+entry a word; threads of their own read and write them, so the loop below never waits for the other side:
+
+    add  request_id, token_ids, params, prompt   ->  added  request_id, what is wrong with it or None
+    abort  request_ids
+    call  call_id, name, arguments               ->  result  call_id, value, error or None
+    a step has outputs                           ->  outputs  [packed RequestOutput, …], metrics
+    the engine failed                            ->  dead  traceback
+
+The process ends when its parent closes the connection, or is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from minivllm.metrics import Metric, collect
+from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+
+Packed = tuple[str, bool, int, list[tuple[Any, ...]], tuple[Any, ...], Any]
+METRICS_SECONDS = 0.5  # between figures at most, while steps have no outputs
+CALLS = ("reset_prefix_cache", "check_integrity")
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What the parent is told of an engine that is ready."""
+
+    max_model_len: int
+    max_num_seqs: int
+    num_blocks: int
+    block_size: int
+    architecture: str
+    metrics: list[Metric]
+
+
+def pack(output: RequestOutput) -> Packed:
+    """A RequestOutput as plain tuples, which take a tenth of the time to pickle; without the prompt."""
+    completions = [
+        (c.index, c.text, c.token_ids, c.cumulative_logprob, c.logprobs, c.finish_reason, c.stop_reason)
+        for c in output.outputs
+    ]
+    m = output.metrics
+    moments = (m.arrival_time, m.first_scheduled_time, m.first_token_time, m.last_token_time, m.num_preemptions)
+    return output.request_id, output.finished, output.num_cached_tokens, completions, moments, output.prompt_logprobs
+
+
+def unpack(packed: Packed, prompt: str | None, prompt_token_ids: list[int]) -> RequestOutput:
+    """The RequestOutput that was packed."""
+    request_id, finished, num_cached, completions, moments, prompt_logprobs = packed
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt,
+        prompt_token_ids=prompt_token_ids,
+        outputs=[CompletionOutput(*fields) for fields in completions],
+        finished=finished,
+        metrics=RequestMetrics(*moments),
+        num_cached_tokens=num_cached,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+class EngineLoop:
+    """Steps an engine for as long as it has requests, and does what the parent says in between."""
+
+    def __init__(self, llm: Any, connection: Connection) -> None:
+        self._engine = llm.engine
+        self._connection = connection
+        self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._reported = 0.0
+
+    def run(self) -> None:
+        """Never returns but by a failure of the engine, of which the parent is told."""
+        threading.Thread(target=self._receive, daemon=True).start()
+        sender = threading.Thread(target=self._send, daemon=True)
+        sender.start()
+        try:
+            while True:
+                idle = not self._engine.has_unfinished_requests()
+                while idle or not self._commands.empty():
+                    word, *arguments = self._commands.get()
+                    self._do(word, *arguments)
+                    idle = False
+                if self._engine.has_unfinished_requests():
+                    self._report(self._engine.step())
+        except BaseException:
+            self._messages.put(("dead", traceback.format_exc()))
+            self._messages.put(None)
+            sender.join()
+            raise
+
+    def _do(self, word: str, *arguments: Any) -> None:
+        if word == "add":
+            request_id, token_ids, params, prompt = arguments
+            wrong = None
+            try:
+                self._engine.add_request(request_id, token_ids, params, prompt)
+            except ValueError as error:
+                wrong = str(error)
+            self._messages.put(("added", request_id, wrong))
+        elif word == "abort":
+            self._report(self._engine.abort_requests(*arguments))
+        elif word == "call":
+            call_id, name = arguments
+            assert name in CALLS
+            try:
+                owner = self._engine if name == "reset_prefix_cache" else self._engine.scheduler
+                value = getattr(owner, name)()
+            except Exception as raised:
+                self._messages.put(("result", call_id, None, f"{type(raised).__name__}: {raised}"))
+            else:
+                self._messages.put(("result", call_id, value, None))
+
+    def _report(self, outputs: list[RequestOutput]) -> None:
+        if outputs or time.monotonic() > self._reported + METRICS_SECONDS:
+            self._reported = time.monotonic()
+            self._messages.put(("outputs", [pack(output) for output in outputs], collect(self._engine.scheduler)))
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._commands.put(self._connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # the parent is gone, or wants no more
+
+    def _send(self) -> None:
+        try:
+            while (message := self._messages.get()) is not None:
+                self._connection.send(message)
+        except OSError:
+            os._exit(0)
+
+
+def main(file_descriptor: int) -> None:
+    """What the process runs: makes the LLM that its parent describes over the connection, and serves it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which ends this process when it is done
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(file_descriptor)
+    model, arguments = connection.recv()
+    try:
+        from minivllm.llm import LLM
+
+        llm = LLM(model, **arguments)
+    except BaseException as error:
+        connection.send(("failed", error if isinstance(error, (ValueError, OSError)) else None, traceback.format_exc()))
+        return
+    config = llm.config
+    facts = EngineFacts(
+        max_model_len=config.max_model_len or 0,
+        max_num_seqs=config.max_num_seqs or 0,
+        num_blocks=llm.engine.scheduler.block_manager.num_blocks,
+        block_size=config.block_size,
+        architecture=llm.model_config.architecture,
+        metrics=llm.get_metrics(),
+    )
+    connection.send(("ready", facts))
+    EngineLoop(llm, connection).run()

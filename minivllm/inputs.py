@@ -1,0 +1,100 @@
+"""InputProcessor: from prompts and conversations as users give them to what the engine takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minivllm.chat_template import Message, is_conversation, load_template, render
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+Prompt = str | list[int] | dict[str, Any]
+CheckedRequest = tuple[list[int], SamplingParams, str | None]  # token ids, params, text if known
+
+
+class InputProcessor:
+    """Of one model.  tokenizer: a Hugging Face one, or None; chat_template: in place of the tokenizer's own, text or
+    file; generation_config: the model's generation_config.json."""
+
+    def __init__(
+        self, tokenizer: Any, chat_template: str | Path | None, generation_config: Mapping[str, Any], max_model_len: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = load_template(chat_template)
+        self.max_model_len = max_model_len
+        self._generation_config = generation_config
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer; ValueError if there is none (skip_tokenizer_init)."""
+        if self.tokenizer is None:
+            raise ValueError("skip_tokenizer_init=True: there is no tokenizer; give token ids as prompts")
+        return self.tokenizer
+
+    def default_options(self) -> dict[str, Any]:
+        """The options of SamplingParams that the model's generation_config.json recommends."""
+        names = {"max_new_tokens": "max_tokens", **{n: n for n in ("temperature", "top_k", "top_p", "min_p")}}
+        given = {ours: self._generation_config.get(theirs) for theirs, ours in names.items()}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def preprocess_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt that a conversation becomes.
+
+        chat_template: text or file, in place of the model's own.  add_generation_prompt: begin the answer.
+        continue_final_message: go on with the last message instead.  tools: functions that the model may call, as JSON
+        schemas.  chat_template_kwargs: further arguments of the template.
+        """
+        tokenizer = self.get_tokenizer()
+        if not is_conversation(messages):
+            raise ValueError('messages must be a list of {"role": …, "content": …}, with at least one of them')
+        text = render(
+            tokenizer,
+            messages,
+            chat_template=load_template(chat_template) or self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def check(self, prompt: Any, params: SamplingParams, output_kind: RequestOutputKind) -> CheckedRequest:
+        """A prompt and its params as the engine takes them.  Raises ValueError for a prompt that is none."""
+        params = copy.copy(params)
+        params.output_kind = output_kind
+        text, token_ids = self._tokenize(prompt)
+        if (most := params.truncate_prompt_tokens) is not None:
+            token_ids = token_ids[-(self.max_model_len - 1 if most == -1 else most) :]
+        return token_ids, params, text
+
+    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
+        """(text if known, token ids) of one prompt."""
+        text = None
+        if isinstance(prompt, dict):
+            if not prompt.keys() & {"prompt", "prompt_token_ids"} or prompt.keys() - {"prompt", "prompt_token_ids"}:
+                raise ValueError(f'a prompt dict has "prompt" or "prompt_token_ids", got the keys {list(prompt)}')
+            text = prompt.get("prompt")
+            prompt = prompt.get("prompt_token_ids", text)
+        if isinstance(prompt, str):
+            return prompt, self.get_tokenizer()(prompt).input_ids
+        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+            raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
+        return text, list(prompt)
+
+
+def is_one_prompt(prompts: Any) -> bool:
+    """Whether this is one prompt and not a list of them."""
+    return isinstance(prompts, (str, dict)) or (
+        isinstance(prompts, list) and len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+    )

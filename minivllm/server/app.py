@@ -1,0 +1,239 @@
+"""The server: its endpoints, and how it starts and ends."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from pydantic import BaseModel, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import minivllm
+from minivllm.async_llm import AsyncLLM, EngineDeadError
+from minivllm.server.chat import ChatCompletion
+from minivllm.server.completions import Completion
+from minivllm.server.errors import ApiError, from_validation
+from minivllm.server.metrics import ServerMetrics
+from minivllm.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from minivllm.server.service import EventStream, ServerOptions, Service, until_disconnect
+
+PAGE = Path(__file__).with_name("page.html")
+OPEN_PATHS = ("/", "/health", "/version", "/metrics")  # need no key: they show nothing of anybody's requests
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
+
+
+def make_app(llm: AsyncLLM, options: ServerOptions) -> ASGIApp:
+    """The ASGI application."""
+    endpoints = _Endpoints(Service(llm, options, ServerMetrics(llm, options.model_names[0])))
+    routes = [
+        Route("/v1/models", endpoints.models),
+        Route("/v1/models/{name:path}", endpoints.model),
+        Route("/v1/completions", endpoints.generate(CompletionBody, Completion), methods=["POST"]),
+        Route("/v1/chat/completions", endpoints.generate(ChatBody, ChatCompletion), methods=["POST"]),
+        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/health", endpoints.health),
+        Route("/version", endpoints.version),
+        Route("/metrics", endpoints.metrics),
+        Route("/", endpoints.page),
+    ]
+    middleware = []
+    if options.allowed_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+            )
+        )
+    if options.api_keys:
+        middleware.append(Middleware(_RequireKey, keys=options.api_keys))
+    handlers: dict[Any, Any] = {
+        ApiError: lambda _, error: error.response(),
+        EngineDeadError: lambda _, error: ApiError(500, str(error)).response(),
+        HTTPException: lambda _, error: ApiError(error.status_code, error.detail, headers=error.headers).response(),
+        Exception: lambda _, error: ApiError(500, "something went wrong in the server").response(),
+    }
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+class _RequireKey:
+    """Lets through what brings one of the keys: Authorization: Bearer KEY."""
+
+    def __init__(self, app: ASGIApp, keys: Any) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            kind, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            right = [hmac.compare_digest(given.strip(), key) for key in self._keys]  # all of them, in equal time
+            if kind.lower() != b"bearer" or not any(right):
+                error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+                return await error.response()(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+class _Endpoints:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._llm = service.llm
+
+    def generate(self, body_class: type[BaseModel], kind: Callable[[Service, Any], Any]) -> Any:
+        """The endpoint that answers bodies of this class by what `kind` makes of them."""
+
+        async def endpoint(request: Request) -> Response:
+            body = await self._body(request, body_class)
+            work = kind(self._service, body)
+            await work.start()
+            if body.stream:  # type: ignore[attr-defined]
+                return EventStream(work.events())
+            answer = await until_disconnect(request.receive, work.answer())
+            return Response(status_code=499) if answer is None else JSONResponse(answer)
+
+        return endpoint
+
+    async def models(self, _: Request) -> Response:
+        names = self._service.options.model_names
+        return JSONResponse({"object": "list", "data": [self._model_json(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self._model_json(self._service.check_model(request.path_params["name"])))
+
+    def _model_json(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._service.started,
+            "owned_by": "minivllm",
+            "root": self._llm.model,
+            "parent": None,
+            "max_model_len": self._llm.facts.max_model_len,
+        }
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(request, TokenizeBody)
+        self._service.check_model(body.model)
+        try:
+            tokenizer = self._llm.get_tokenizer()
+            if body.messages is not None:
+                prompt: Any = self._llm.inputs.preprocess_chat(
+                    body.messages, add_generation_prompt=body.add_generation_prompt
+                )
+                tokens = prompt["prompt_token_ids"]
+            elif body.prompt is not None:
+                tokens = tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids
+            else:
+                raise ValueError("prompt or messages must be given")
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        strings = {"token_strs": tokenizer.convert_ids_to_tokens(tokens)} if body.return_token_strs else {}
+        limit = self._llm.facts.max_model_len
+        return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens} | strings)
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._body(request, DetokenizeBody)
+        self._service.check_model(body.model)
+        try:
+            return JSONResponse({"prompt": self._llm.get_tokenizer().decode(body.tokens)})
+        except (ValueError, OverflowError, IndexError) as error:
+            raise ApiError(400, f"tokens: {error}", "tokens") from None
+
+    async def health(self, _: Request) -> Response:
+        return Response(status_code=503 if self._llm.errored else 200)
+
+    async def version(self, _: Request) -> Response:
+        return JSONResponse({"version": minivllm.__version__})
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(self, _: Request) -> Response:
+        return FileResponse(PAGE, media_type="text/html")
+
+    async def _body(self, request: Request, body_class: type[AnyBody]) -> AnyBody:
+        """The body, checked; what is wrong with it as an ApiError."""
+        # Browsers send other types to any server without asking first, on behalf of any page.
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the Content-Type must be application/json")
+        limit, content = self._service.options.max_body_bytes, bytearray()
+        if int(request.headers.get("content-length") or 0) <= limit:
+            async for part in request.stream():
+                content += part
+                if len(content) > limit:
+                    break
+        if len(content) > limit or int(request.headers.get("content-length") or 0) > limit:
+            raise ApiError(413, f"the body has more than {limit} bytes", headers={"Connection": "close"})
+        try:
+            return body_class.model_validate(json.loads(content))
+        except ValidationError as error:
+            raise from_validation(error) from None
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON: {error}") from None
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket to serve on; before anything is loaded, so that a port in use shows at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot serve on {host} port {port}: {error.strerror or error}; use another --port") from None
+    return listener
+
+
+def serve(
+    listener: socket.socket,
+    load: Callable[[], AsyncLLM],
+    make_options: Callable[[AsyncLLM], ServerOptions],
+    grace_seconds: int,
+    access_log: bool = False,
+) -> None:
+    """Load the model and serve it until SIGTERM or Ctrl-C; then what runs has `grace_seconds` to come to its end."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, end)  # while loading; uvicorn has its own meanwhile, and then calls this one
+    with listener, load() as llm:
+        options = make_options(llm)
+        config = uvicorn.Config(
+            make_app(llm, options),
+            log_level="warning" if not access_log else "info",
+            access_log=access_log,
+            timeout_graceful_shutdown=grace_seconds,
+            lifespan="off",
+            server_header=False,
+            backlog=2048,
+        )
+        _Server(config, options.model_names[0]).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Says where it is once it listens."""
+
+    def __init__(self, config: uvicorn.Config, model_name: str) -> None:
+        super().__init__(config)
+        self._model_name = model_name
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets is not None
+        host, port = sockets[0].getsockname()[:2]
+        place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"minivllm: serving {self._model_name} on {place} (chat page /, OpenAI API /v1)", file=sys.stderr)

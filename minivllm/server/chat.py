@@ -1,0 +1,228 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from minivllm.async_llm import OutputStream
+from minivllm.outputs import CompletionOutput, Logprob
+from minivllm.server.errors import ApiError
+from minivllm.server.protocol import ChatBody
+from minivllm.server.service import Service, Usage, finite, new_id, prompt_logprobs_json
+from minivllm.server.tool_parsers import PARSERS, ToolCall, ToolParser, guess_parser, needs_special_tokens
+
+
+@dataclass
+class Choice:
+    """One of the n answers, as far as it has come."""
+
+    parser: ToolParser | None  # of calls in the text, where the model may make some
+    content: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)  # not handed out yet
+
+    def take_logprobs(self) -> list[dict[str, Any]]:
+        """Those of the tokens since the last time."""
+        taken, self.logprobs = self.logprobs, []
+        return taken
+
+
+class ChatCompletion:
+    """One request of this kind, on its way to an answer."""
+
+    def __init__(self, service: Service, body: ChatBody) -> None:
+        self._service = service
+        self._body = body
+        self._model = service.check_model(body.model)
+        self._id = new_id("chatcmpl", body.request_id)
+        self._forced = body.forced_function()  # its arguments are all that the model may write
+        self._requires_calls = body.tool_choice == "required"
+        self._parser = self._find_parser() if body.tools and body.tool_choice in (None, "auto") else None
+        others: dict[str, Any] = {}
+        if self._parser is not None and needs_special_tokens(self._parser):
+            others["skip_special_tokens"] = False
+        self._params = body.sampling_params(
+            {"max_tokens": None} | service.llm.inputs.default_options(),  # None: up to max_model_len
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+            structured_outputs=body.forced_output(),
+            **others,
+        )
+        self._streams: list[OutputStream] = []
+        self._choices: dict[int, Choice] = {}
+
+    async def start(self) -> None:
+        """Queue the request; errors show before anything of the answer is sent."""
+        body = self._body
+        continues = body.continue_final_message
+        tools = (
+            None if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        )
+        try:
+            prompt = await asyncio.to_thread(
+                self._service.llm.inputs.preprocess_chat,
+                body.template_messages(),
+                chat_template=body.chat_template,
+                add_generation_prompt=body.add_generation_prompt and not continues,
+                continue_final_message=continues,
+                tools=tools or None,
+                chat_template_kwargs=body.chat_template_kwargs,
+            )
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from None
+        self._streams = await self._service.start([prompt], self._params, self._id, "messages")
+
+    async def answer(self) -> dict[str, Any]:
+        """The whole answer."""
+        usage, choices, prompt_logprobs = Usage(), [], None
+        async for _, output in self._service.outputs(self._streams):
+            usage.see(output, is_first=True)
+            prompt_logprobs = output.prompt_logprobs
+            for completion in output.outputs:
+                choice = self._choice(completion.index)
+                content, calls = self._see(choice, completion)
+                message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
+                if calls:
+                    message["tool_calls"] = [self._call_json(call) for call in calls]
+                choices.append(
+                    {
+                        "index": completion.index,
+                        "message": message,
+                        "logprobs": {"content": choice.take_logprobs()} if self._body.logprobs else None,
+                        "finish_reason": self._finish_reason(choice, completion),
+                        "stop_reason": completion.stop_reason,
+                    }
+                )
+        answer = self._envelope("chat.completion", choices) | {"usage": usage.json()}
+        if self._body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
+        return answer
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer."""
+        usage, is_first = Usage(), True
+        options = self._body.stream_options
+        with_usage = options is not None and options.include_usage
+        outputs = self._service.outputs(self._streams)
+
+        def chunk(index: int, delta: dict[str, Any], **others: Any) -> dict[str, Any]:
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | others
+            made = self._envelope("chat.completion.chunk", [choice])
+            if with_usage:
+                assert options is not None
+                made["usage"] = usage.json() if options.continuous_usage_stats else None
+            return made
+
+        try:
+            async for _, output in outputs:
+                usage.see(output, is_first)
+                is_first = False
+                for completion in output.outputs:
+                    index = completion.index
+                    if index not in self._choices:
+                        yield chunk(index, {"role": "assistant", "content": ""})
+                    choice = self._choice(index)
+                    num_calls = len(choice.calls)
+                    content, calls = self._see(choice, completion)
+                    reason = self._finish_reason(choice, completion)
+                    if not content and not calls and reason is None:
+                        continue
+                    logprobs = {"content": choice.take_logprobs()} if self._body.logprobs else None
+                    if content:
+                        yield chunk(index, {"content": content}, logprobs=logprobs)
+                        logprobs = None
+                    if calls:
+                        numbered = [{"index": num_calls + k} | self._call_json(call) for k, call in enumerate(calls)]
+                        yield chunk(index, {"tool_calls": numbered}, logprobs=logprobs)
+                        logprobs = None
+                    if reason is not None:
+                        end = dict(finish_reason=reason, stop_reason=completion.stop_reason)
+                        yield chunk(index, {}, logprobs=logprobs, **end)
+            if with_usage:
+                yield self._envelope("chat.completion.chunk", []) | {"usage": usage.json()}
+        finally:
+            await outputs.aclose()
+
+    def _envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._service.created_now(),
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _find_parser(self) -> str:
+        name = self._service.options.tool_call_parser
+        if name is None:
+            inputs = self._service.llm.inputs
+            name = guess_parser(inputs.chat_template or inputs.get_tokenizer().chat_template)
+        if name is None:
+            raise ApiError(
+                400,
+                "tools: how this model writes calls is not known; start the server with --tool-call-parser, or use "
+                "tool_choice 'required' or a named function",
+                "tools",
+            )
+        return name
+
+    def _choice(self, index: int) -> Choice:
+        if index not in self._choices:
+            self._choices[index] = Choice(None if self._parser is None else PARSERS[self._parser]())
+        return self._choices[index]
+
+    def _see(self, choice: Choice, completion: CompletionOutput) -> tuple[str, list[ToolCall]]:
+        """Take in what is new; returns what of it is content that can be shown, and the calls completed by it."""
+        for token_id, entry in zip(completion.token_ids, completion.logprobs or (), strict=False):
+            choice.logprobs.append(self._logprobs(token_id, entry))
+        ended = completion.finish_reason is not None
+        content = completion.text
+        calls: list[ToolCall] = []
+        if choice.parser is not None:
+            content, calls = choice.parser.feed(completion.text)
+            if ended:
+                rest, more = choice.parser.finish()
+                content, calls = content + rest, calls + more
+            if not self._body.parallel_tool_calls:
+                calls = calls[: max(0, 1 - len(choice.calls))]
+        elif self._forced is not None or self._requires_calls:
+            choice.content += content  # no call can be told before its end
+            if not ended:
+                return "", []
+            calls = self._forced_calls(choice.content)
+            content = "" if calls else choice.content
+        choice.calls += calls
+        return content, calls
+
+    def _forced_calls(self, text: str) -> list[ToolCall]:
+        """The calls that tool_choice made the model write; none if it was cut short."""
+        if self._forced is not None:
+            return [ToolCall(self._forced.name, text)]
+        try:
+            calls = [(call["name"], call["parameters"]) for call in json.loads(text)]
+        except ValueError:
+            return []
+        return [ToolCall(name, json.dumps(parameters, ensure_ascii=False)) for name, parameters in calls]
+
+    def _call_json(self, call: ToolCall) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+    def _finish_reason(self, choice: Choice, completion: CompletionOutput) -> str | None:
+        made_calls = choice.calls and self._forced is None
+        return "tool_calls" if made_calls and completion.finish_reason == "stop" else completion.finish_reason
+
+    def _logprobs(self, token_id: int, entry: dict[int, Logprob]) -> dict[str, Any]:
+        def one(logprob: Logprob) -> dict[str, Any]:
+            text = logprob.decoded_token or ""
+            return {"token": text, "logprob": finite(logprob.logprob), "bytes": list(text.encode())}
+
+        most = self._body.top_logprobs or 0
+        top = sorted((e for e in entry.values() if e.rank is not None and e.rank <= most), key=lambda e: e.rank or 0)
+        return one(entry[token_id]) | {"top_logprobs": [one(e) for e in top]}

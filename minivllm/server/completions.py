@@ -1,0 +1,148 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from minivllm.async_llm import OutputStream
+from minivllm.inputs import Prompt
+from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
+from minivllm.server.errors import ApiError
+from minivllm.server.protocol import CompletionBody
+from minivllm.server.service import Service, Usage, finite, new_id, prompt_logprobs_json
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+class Completion:
+    """One request of this kind, on its way to an answer."""
+
+    def __init__(self, service: Service, body: CompletionBody) -> None:
+        self._service = service
+        self._body = body
+        self._model = service.check_model(body.model)
+        self._id = new_id("cmpl", body.request_id)
+        # With max_tokens 0 only the prompt is wanted back; the engine always generates one token.
+        self._drops_output = body.max_tokens == 0
+        if self._drops_output and not body.echo:
+            raise ApiError(400, "max_tokens must be at least 1, or 0 with echo", "max_tokens")
+        wants_prompt = body.echo and body.logprobs is not None
+        self._params = body.sampling_params(
+            {"max_tokens": DEFAULT_MAX_TOKENS} | service.llm.inputs.default_options(),
+            max_tokens=1 if self._drops_output else body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if wants_prompt else body.prompt_logprobs,
+        )
+        self._n = self._params.n
+        self._streams: list[OutputStream] = []
+        self._offsets: dict[int, int] = {}  # by choice: characters of its text so far
+
+    async def start(self) -> None:
+        """Queue the request; errors show before anything of the answer is sent."""
+        prompts: list[Prompt] = [self._prompt(prompt) for prompt in self._body.prompts()]
+        self._streams = await self._service.start(prompts, self._params, self._id, "prompt")
+
+    async def answer(self) -> dict[str, Any]:
+        """The whole answer."""
+        usage = Usage()
+        choices: list[dict[str, Any]] = []
+        async for i, output in self._service.outputs(self._streams):
+            usage.see(output, is_first=True)
+            for completion in output.outputs:
+                choice = self._choice(i, output, completion, is_first=True)
+                if self._body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs_json(output.prompt_logprobs)
+                choices.append(choice)
+        if self._drops_output:
+            usage.completion = 0
+        choices.sort(key=lambda choice: choice["index"])
+        return self._envelope(choices) | {"usage": usage.json()}
+
+    async def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer."""
+        usage, seen = Usage(), set()
+        options = self._body.stream_options
+        outputs = self._service.outputs(self._streams)
+        try:
+            async for i, output in outputs:
+                usage.see(output, is_first=i not in seen)
+                seen.add(i)
+                for completion in output.outputs:
+                    is_first = i * self._n + completion.index not in self._offsets
+                    chunk = self._envelope([self._choice(i, output, completion, is_first)])
+                    if options is not None and options.include_usage:
+                        chunk["usage"] = usage.json() if options.continuous_usage_stats else None
+                    yield chunk
+            if options is not None and options.include_usage:
+                yield self._envelope([]) | {"usage": usage.json()}
+        finally:
+            await outputs.aclose()
+
+    def _envelope(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._service.created_now(),
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _prompt(self, prompt: str | list[int]) -> Prompt:
+        if isinstance(prompt, str) and not self._body.add_special_tokens:
+            ids = self._service.llm.get_tokenizer()(prompt, add_special_tokens=False).input_ids
+            return {"prompt": prompt, "prompt_token_ids": ids}
+        return prompt
+
+    def _choice(self, i: int, output: RequestOutput, completion: CompletionOutput, is_first: bool) -> dict[str, Any]:
+        """What is new of one choice; with echo, its first part begins with the prompt."""
+        index = i * self._n + completion.index
+        text, tokens = completion.text, list(zip(completion.token_ids, completion.logprobs or (), strict=False))
+        entries: list[tuple[int, dict[int, Logprob] | None]] = list(tokens)
+        if self._drops_output:
+            text, entries = "", []
+        if self._body.echo and is_first:
+            text = self._prompt_text(output) + text
+            entries = [*zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=False), *entries]
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + len(text)
+        logprobs = None if self._body.logprobs is None else self._logprobs(entries, offset)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": completion.finish_reason if not self._drops_output else "length",
+            "stop_reason": completion.stop_reason,
+        }
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        if output.prompt is not None:
+            return output.prompt
+        return str(self._service.llm.get_tokenizer().decode(output.prompt_token_ids))
+
+    def _logprobs(self, entries: Sequence[tuple[int, dict[int, Logprob] | None]], offset: int) -> dict[str, Any]:
+        """OpenAI's older form: four lists, an entry a token."""
+        tokens: list[str] = []
+        token_logprobs: list[float | None] = []
+        top_logprobs: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        most = self._body.logprobs or 0
+        for token_id, entry in entries:
+            if entry is None:  # of the first token of a prompt nothing can be said
+                text = str(self._service.llm.get_tokenizer().decode([token_id]))
+                token_logprobs.append(None)
+                top_logprobs.append(None)
+            else:
+                text = entry[token_id].decoded_token or ""
+                token_logprobs.append(finite(entry[token_id].logprob))
+                top = [one for one in entry.values() if one.rank is not None and one.rank <= most]
+                top_logprobs.append({one.decoded_token or "": finite(one.logprob) for one in [entry[token_id], *top]})
+            tokens.append(text)
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": tokens,
+            "token_logprobs": token_logprobs,
+            "top_logprobs": top_logprobs,
+            "text_offset": offsets,
+        }

@@ -1,0 +1,277 @@
+"""The bodies of requests: OpenAI's fields, and those that vLLM adds.  What is not here is refused by name.
+
+A field that is null counts as left out.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from minivllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from minivllm.server.errors import ApiError
+
+# Fields that go to SamplingParams under their own names.
+SAMPLING_FIELDS = (
+    "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens",
+    "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens", "allowed_token_ids",
+    "bad_words",
+)  # fmt: skip
+MAX_OUTPUTS = 128  # n, and prompts of one body
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            raise ValueError("the body must be a JSON object")
+        return {name: value for name, value in body.items() if value is not None}
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def structured_outputs(self) -> StructuredOutputsParams | None:
+        """What it asks of the text."""
+        if self.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if self.type == "json_schema":
+            if self.json_schema is None or self.json_schema.schema_ is None:
+                raise ApiError(400, "response_format.json_schema needs a schema", "response_format")
+            return StructuredOutputsParams(json=self.json_schema.schema_)
+        return None
+
+
+class StructuredOutputs(Body):
+    """vLLM's structured_outputs, the fields of StructuredOutputsParams."""
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+
+class SamplingBody(Body):
+    """What chat and completions have in common."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = Field(None, ge=1, le=MAX_OUTPUTS)
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None  # who asks; changes nothing
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    request_id: str | None = Field(None, min_length=1, max_length=200)
+
+    def sampling_params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
+        """`others` over what the body says over the model's `defaults`.  Raises ApiError for what makes no sense."""
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}
+        if self.logit_bias is not None:
+            try:
+                given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+            except ValueError:
+                raise ApiError(400, "logit_bias: its keys must be token ids", "logit_bias") from None
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options goes with stream: true only", "stream_options")
+        options = defaults | given | {name: value for name, value in others.items() if value is not None}
+        kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
+        try:
+            asked = [self._structured_outputs(), options.pop("structured_outputs", None)]
+            asked = [one for one in asked if one is not None]
+            if len(asked) > 1:
+                raise ValueError("structured_outputs, response_format and tool_choice ask for different texts")
+            return SamplingParams(**options, structured_outputs=asked[0] if asked else None, output_kind=kind)
+        except ValueError as error:
+            raise ApiError(400, str(error), str(error).split()[0].rstrip(":")) from None
+
+    def _structured_outputs(self) -> StructuredOutputsParams | None:
+        own = self.structured_outputs
+        from_format = None if self.response_format is None else self.response_format.structured_outputs()
+        if own is None:
+            return from_format
+        if from_format is not None:
+            raise ValueError("structured_outputs and response_format ask for different texts; give one")
+        return StructuredOutputsParams(
+            json=own.json_, regex=own.regex, choice=own.choice, grammar=own.grammar, json_object=own.json_object,
+            disable_any_whitespace=own.disable_any_whitespace,
+        )  # fmt: skip
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0)
+    best_of: int | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of is not supported; use n")
+        if len(self.prompts()) > MAX_OUTPUTS:
+            raise ValueError(f"prompt has more than {MAX_OUTPUTS} prompts")
+        if not self.prompts():
+            raise ValueError("prompt is empty")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt: text, or token ids."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return [prompt]
+        return list(prompt)
+
+
+class Function(Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0)
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.forced_function() is None:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among tools")
+        return self
+
+    def forced_function(self) -> Function | None:
+        """The function that tool_choice names."""
+        if not isinstance(self.tool_choice, NamedTool):
+            return None
+        name = self.tool_choice.function.name
+        return next((tool.function for tool in self.tools or () if tool.function.name == name), None)
+
+    def forced_output(self) -> StructuredOutputsParams | None:
+        """What tool_choice makes the text: the arguments of the function it names, or a list of calls."""
+        if (function := self.forced_function()) is not None:
+            return StructuredOutputsParams(json=function.parameters or {"type": "object"})
+        if self.tool_choice != "required":
+            return None
+        call = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool.function.name},
+                    "parameters": tool.function.parameters or {"type": "object"},
+                },
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+            for tool in self.tools or ()
+        ]
+        calls: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": call}}
+        return StructuredOutputsParams(json=calls | ({} if self.parallel_tool_calls else {"maxItems": 1}))
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """The messages as chat templates want them: the arguments of earlier calls as objects."""
+        messages = []
+        for message in self.messages:
+            calls = []
+            for call in message.get("tool_calls") or ():
+                function = dict(call.get("function") or {})
+                if isinstance(function.get("arguments"), str):
+                    try:
+                        function["arguments"] = json.loads(function["arguments"] or "{}")
+                    except ValueError:
+                        raise ApiError(400, "messages: a tool call's arguments are not JSON", "messages") from None
+                calls.append({**call, "function": function})
+            own = {**message, "tool_calls": calls} if calls else message
+            messages.append(own if own.get("content") is not None else {**own, "content": ""})
+        return messages
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

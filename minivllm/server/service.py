@@ -1,0 +1,211 @@
+"""What the endpoints share: starting requests, watching for clients that hang up, server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from minivllm.async_llm import AsyncLLM, EngineDeadError, OutputStream
+from minivllm.inputs import Prompt
+from minivllm.outputs import Logprob, RequestOutput
+from minivllm.sampling_params import SamplingParams
+from minivllm.server.errors import ApiError
+from minivllm.server.metrics import ServerMetrics
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What `minivllm serve` was told beside the engine's arguments."""
+
+    model_names: Sequence[str]  # that clients may ask for; the first is what answers call it
+    api_keys: Sequence[str] = ()  # none: everybody may
+    max_queued_requests: int = 1024  # beyond those that run; more are told to come back later
+    max_body_bytes: int = 32 << 20
+    tool_call_parser: str | None = None
+    allowed_origins: Sequence[str] = ()  # of pages that browsers let read answers, beside the server's own
+
+
+@dataclass
+class Usage:
+    """Tokens of the requests of one body."""
+
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+
+    def see(self, output: RequestOutput, is_first: bool) -> None:
+        """Count an output's new tokens, and with the first those of the prompt."""
+        if is_first:
+            self.prompt += len(output.prompt_token_ids)
+            self.cached += output.num_cached_tokens
+        self.completion += sum(len(completion.token_ids) for completion in output.outputs)
+
+    def json(self) -> dict[str, Any]:
+        """In OpenAI's shape."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+@dataclass
+class Service:
+    llm: AsyncLLM
+    options: ServerOptions
+    metrics: ServerMetrics
+    started: int = field(default_factory=lambda: int(time.time()))
+    num_starting: int = 0  # outputs of requests that the engine has not been told of yet
+
+    def created_now(self) -> int:
+        """The time in the answers, in seconds since 1970."""
+        return int(time.time())
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with.  A 404 if clients may not ask for `name`."""
+        names = self.options.model_names
+        if name is not None and name not in names:
+            raise ApiError(
+                404, f"the model {name!r} does not exist; there is {', '.join(names)}", "model", "model_not_found"
+            )
+        return name or names[0]
+
+    async def start(
+        self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str, param: str
+    ) -> list[OutputStream]:
+        """Queue a request for each prompt.  `param`: the field that the prompts come from.  A 429 if too many wait
+        already, a 400 if one of them cannot be run."""
+        most = self.llm.facts.max_num_seqs + self.options.max_queued_requests
+        num_new = len(prompts) * params.n
+        if self.llm.num_unfinished + self.num_starting + num_new > most:
+            raise ApiError(
+                429, "too many requests are waiting; come back later", code="queue_full", headers={"Retry-After": "1"}
+            )
+        adding = [self.llm.add_request(prompt, params, f"{request_id}-{i}") for i, prompt in enumerate(prompts)]
+        self.num_starting += num_new
+        try:
+            started = await asyncio.gather(*adding, return_exceptions=True)
+        finally:
+            self.num_starting -= num_new
+        streams = [one for one in started if isinstance(one, OutputStream)]
+        for failure in started:
+            if isinstance(failure, BaseException):
+                for stream in streams:
+                    await stream.aclose()
+                if isinstance(failure, ValueError):
+                    raise ApiError(400, str(failure), param) from None
+                raise failure
+        return streams
+
+    async def outputs(self, streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """(number of the prompt, output) of all streams as they come.  Closing it aborts what is unfinished."""
+        watches = [self.metrics.watch(stream) for stream in streams]
+        try:
+            async for i, output in _merged(streams):
+                watches[i].see(output)
+                yield i, output
+        finally:
+            for stream in streams:
+                await stream.aclose()
+
+
+async def _merged(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                i = waiting.pop(task)
+                try:
+                    output = task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(streams[i]))] = i
+                yield i, output
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
+    """Do `work`, but cancel it when the client hangs up; None then."""
+
+    async def hang_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hang_up())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events: a JSON object each, and [DONE]."""
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await until_disconnect(receive, self._write(send))
+        finally:
+            await self._events.aclose()
+
+    async def _write(self, send: Send) -> None:
+        def event(content: str) -> Message:
+            return {"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": True}
+
+        try:
+            async for content in self._events:
+                await send(event(json.dumps(content, ensure_ascii=False, separators=(",", ":"))))
+        except (EngineDeadError, ApiError) as error:  # the status has been sent already
+            failure = error if isinstance(error, ApiError) else ApiError(500, str(error))
+            await send(event(json.dumps(failure.body())))
+        await send(event("[DONE]"))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def new_id(prefix: str, given: str | None) -> str:
+    """The id of an answer."""
+    return f"{prefix}-{given or uuid.uuid4().hex}"
+
+
+def prompt_logprobs_json(entries: Sequence[dict[int, Logprob] | None] | None) -> list[Any] | None:
+    """vLLM's prompt_logprobs."""
+    if entries is None:
+        return None
+    return [
+        None
+        if entry is None
+        else {
+            str(token): {"logprob": finite(one.logprob), "rank": one.rank, "decoded_token": one.decoded_token}
+            for token, one in entry.items()
+        }
+        for entry in entries
+    ]
+
+
+def finite(logprob: float) -> float:
+    """JSON has no −inf; OpenAI's API says −9999."""
+    return max(logprob, -9999.0)

@@ -1,0 +1,209 @@
+"""AsyncLLM: the outputs of LLM, many callers at once, and no one left waiting when something ends."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm.async_llm import AsyncLLM, EngineDeadError, merge
+from minivllm.engine_process import pack, unpack
+
+PROMPTS = [[1 + i, 2, 3 + 2 * i, 4] * (1 + i % 3) for i in range(12)]
+OPTIONS = dict(device="cpu", skip_tokenizer_init=True, block_size=16, max_num_seqs=6)
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny):
+    with AsyncLLM(tiny("gqa-tied"), **OPTIONS) as llm:
+        yield llm
+
+
+async def last(outputs):
+    async for output in outputs:
+        final = output
+    return final
+
+
+async def idle(llm):
+    """Wait until the engine has nothing left to do, and check that it lost nothing."""
+    for _ in range(200):
+        await llm.check_integrity()
+        if not llm.num_unfinished:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("requests are left over")
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_same_outputs_as_llm(tiny, llm, kind):
+    params = [
+        SamplingParams(temperature=0, max_tokens=9, logprobs=2, prompt_logprobs=1),
+        SamplingParams(seed=3, max_tokens=11, n=2),
+    ]
+    with LLM(tiny("gqa-tied"), **OPTIONS) as offline:
+        expected = offline.generate(PROMPTS, params * 6, use_tqdm=False)
+
+    async def one(prompt, params):
+        params = SamplingParams(**{name: getattr(params, name) for name in ("temperature", "max_tokens", "logprobs",
+                                "prompt_logprobs", "seed", "n")}, output_kind=kind)  # fmt: skip
+        outputs = [output async for output in llm.generate(prompt, params)]
+        if kind == RequestOutputKind.DELTA:
+            assert len(outputs) > 1
+            assert params.prompt_logprobs is None or [o.prompt_logprobs is not None for o in outputs].count(True) == 1
+            return merge(outputs)
+        assert kind == RequestOutputKind.CUMULATIVE or len(outputs) == 1
+        return outputs[-1]
+
+    async def run():
+        found = await asyncio.gather(*map(one, PROMPTS, params * 6))
+        await idle(llm)
+        return found
+
+    for found, output in zip(asyncio.run(run()), expected, strict=True):
+        assert found.finished and found.prompt_token_ids == output.prompt_token_ids
+        if kind == RequestOutputKind.CUMULATIVE and len(output.outputs) > 1:
+            continue  # an output carries those of the n that have news
+        key = dict(key=lambda completion: completion.index)
+        assert sorted(found.outputs, **key) == output.outputs
+        if kind != RequestOutputKind.CUMULATIVE:
+            assert found.prompt_logprobs == output.prompt_logprobs
+
+
+def test_packing():
+    with_all = merge(
+        [unpack(("id", True, 3, [(0, "text", [1], -0.5, None, "stop", 7)], (1.0, 2, 3, 4, 5), None), "p", [9])]
+    )
+    assert unpack(pack(with_all), "p", [9]) == with_all and with_all.metrics.num_preemptions == 5
+
+
+def test_a_reader_that_falls_behind_gets_all(llm):
+    async def run():
+        params = SamplingParams(temperature=0, max_tokens=30, output_kind=RequestOutputKind.DELTA)
+        stream = await llm.add_request(PROMPTS[0], params)
+        while not stream._pending or not stream._pending[-1][1]:
+            await asyncio.sleep(0.01)
+        outputs = [output async for output in stream]
+        assert len(outputs) == 1 and len(outputs[0].outputs[0].token_ids) == 30
+
+    asyncio.run(run())
+
+
+def test_wrong_input_is_refused_and_others_go_on(llm):
+    async def run():
+        good = asyncio.ensure_future(last(llm.generate(PROMPTS[1], LONG, "good")))
+        await asyncio.sleep(0.01)
+        for prompt, params, message in (
+            ([], None, "the prompt is empty"),
+            ([1] * 300, None, "max_model_len is 256"),
+            ([10**6], None, "outside the vocabulary"),
+            ("text", None, "skip_tokenizer_init"),
+            ([1], SamplingParams(logprobs=50), "max_logprobs"),
+            ([1], "fast", "must be a SamplingParams"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                await last(llm.generate(prompt, params))
+        with pytest.raises(ValueError, match="request_id 'good' is in use"):
+            await last(llm.generate([1], LONG, "good"))
+        assert len((await good).outputs[0].token_ids) == 200
+        await idle(llm)
+
+    asyncio.run(run())
+
+
+def test_abort_and_leaving_early(llm):
+    async def run():
+        aborted = asyncio.ensure_future(last(llm.generate(PROMPTS[2], LONG, "a")))
+        cancelled = asyncio.ensure_future(last(llm.generate(PROMPTS[3], LONG, "b")))
+        await asyncio.sleep(0.05)
+        await llm.abort("a")
+        await llm.abort("unknown")
+        output = await aborted
+        assert output.finished and output.outputs[0].finish_reason == "abort"
+        cancelled.cancel()
+        async for output in llm.generate(PROMPTS[4], LONG):
+            if len(output.outputs[0].token_ids) > 2:
+                break
+        await idle(llm)
+        assert llm.num_unfinished == 0
+
+    asyncio.run(run())
+
+
+def test_calls_and_metrics(llm):
+    async def run():
+        await last(llm.generate([5] * 40, SamplingParams(max_tokens=2)))
+        assert (await last(llm.generate([5] * 40, SamplingParams(max_tokens=2)))).num_cached_tokens == 32
+        assert await llm.reset_prefix_cache() is True
+        assert (await last(llm.generate([5] * 40, SamplingParams(max_tokens=2)))).num_cached_tokens == 0
+
+    asyncio.run(run())
+    values = {metric.name: metric.value for metric in llm.get_metrics()}
+    assert values["vllm:generation_tokens"] >= 6 and values["vllm:num_requests_running"] == 0
+
+
+def test_a_dead_engine_is_an_error_for_everybody(tiny):
+    with AsyncLLM(tiny("mha"), **OPTIONS) as llm:
+
+        async def run():
+            waiting = [asyncio.ensure_future(last(llm.generate(prompt, LONG))) for prompt in PROMPTS]
+            await asyncio.sleep(0.1)
+            llm._process.send_signal(signal.SIGKILL)
+            start = time.monotonic()
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+            assert time.monotonic() - start < 5
+            assert any(isinstance(result, EngineDeadError) for result in results)
+            assert llm.errored
+            with pytest.raises(EngineDeadError, match="its process is gone"):
+                await last(llm.generate([1], LONG))
+            with pytest.raises(EngineDeadError):
+                await llm.check_integrity()
+
+        asyncio.run(run())
+
+
+def test_a_failing_step_reaches_the_caller_with_its_traceback(tiny):
+    with AsyncLLM(tiny("mha"), **OPTIONS) as llm:
+        params = SamplingParams(max_tokens=5, logits_processors=[fail])
+        with pytest.raises(EngineDeadError, match="a function that fails"):
+            asyncio.run(last(llm.generate([1, 2], params)))
+        assert llm._process.wait(5) == 1
+
+
+def fail(token_ids, logits):
+    raise RuntimeError("a function that fails")
+
+
+def test_an_engine_that_cannot_start_says_why(tiny):
+    with pytest.raises(ValueError, match="max_model_len"):
+        AsyncLLM(tiny("mha"), max_model_len=10**6, device="cpu", skip_tokenizer_init=True)
+    with pytest.raises(ValueError, match="unexpected|unknown|no argument"):
+        AsyncLLM(tiny("mha"), max_num_sequences=3, skip_tokenizer_init=True)
+
+
+def test_the_engine_ends_with_its_parent(tiny):
+    code = f"""
+import os, time
+from minivllm.async_llm import AsyncLLM
+llm = AsyncLLM({tiny("mha")!r}, device="cpu", skip_tokenizer_init=True)
+print(llm._process.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        if (state := Path(f"/proc/{child}/stat").read_text().rsplit(")")[1].split()[0]) == "Z":
+            return  # ended; nobody has asked for its status
+        time.sleep(0.05)
+    raise AssertionError(f"the engine's process is still there ({state})")

@@ -1,0 +1,99 @@
+"""The command line, as a user meets it."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from minivllm import __version__
+from minivllm.cli import main
+from minivllm.config import EngineConfig
+
+
+def run(*arguments, text="", timeout=120):
+    return subprocess.run(
+        [sys.executable, "-m", "minivllm", *arguments], input=text, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_help_names_everything(capsys):
+    for arguments, words in (
+        (["--help"], ["serve", "chat", "generate", "bench"]),
+        (
+            ["serve", "--help"],
+            ["--port", "--api-key", *("--" + f.name.replace("_", "-") for f in fields(EngineConfig))],
+        ),
+        (["chat", "--help"], ["--url", "--system"]),
+        (["generate", "--help"], ["--prompt", "--max-tokens"]),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
+        text = capsys.readouterr().out
+        assert all(word in text for word in words), text
+    assert main(["bench", "--help"]) == 0 and main(["bench"]) == 2
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("throughput", "latency", "serve", "kernels"))
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--temperature", "-1", "--prompt", "x"], "temperature must be"),
+        (["generate", "no/such/folder/at/all", "--prompt", "x"], "no/such/folder"),
+        (["chat", "--url", "http://127.0.0.1:9"], "does not answer"),
+        (["chat", "--top-p", "3"], "top_p must be"),
+        (["serve", "--host", "300.1.1.1"], "cannot serve on|Name or service|not known"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("minivllm: error: ")
+    assert re.search(message, error), error
+
+
+def test_wrong_options_are_named(capsys):
+    for arguments in (["serve", "--speculative-config", "ngram"], ["serve", "--max-num-seqs", "many"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert arguments[1] in capsys.readouterr().err
+
+
+def test_generate(embedded):
+    done = run("generate", embedded, "--temperature", "0", "--max-tokens", "4", "--device", "cpu",
+               "--max-model-len", "64", "--prompt", "1, 2, 3,", "--prompt", "The capital of France is")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "--- 1, 2, 3,\n 4, \n--- The capital of France is\n Paris.\n\n\n"
+    piped = run("generate", embedded, "--temperature", "0", "--max-tokens", "4", "--device", "cpu", "--max-model-len",
+                "64", text="The capital of France is")  # fmt: skip
+    assert "Paris" in piped.stdout and piped.returncode == 0
+
+
+def test_chat_with_a_server(server):
+    lines = "What is the capital of France?\nAnd of Italy?\n/stats\n/nothing\n"
+    done = run("chat", "--url", server.url, "--temperature", "0", "--max-tokens", "30", text=lines)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout and "Rome" in done.stdout
+    assert "answers: 2" in done.stdout and "there is no /nothing" in done.stdout and " cached" in done.stdout
+    wrong = run("chat", "gpt-9", "--url", server.url + "/v1", text="Hi\n")
+    assert wrong.returncode == 1 and "the server has no model 'gpt-9'; it has smol" in wrong.stderr
+    refused = run("chat", "--url", server.url, "--system", "x " * 3000, text="Hi\n")
+    assert refused.returncode == 0 and "the server says (400)" in refused.stdout and "max_model_len" in refused.stdout
+
+
+def test_chat_in_this_process(embedded):
+    done = run("chat", embedded, "--device", "cpu", "--temperature", "0", "--max-tokens", "20",
+               "--max-model-len", "512", text="What is the capital of France?\n")  # fmt: skip
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
+
+
+def test_bench_latency(tiny, tmp_path):
+    done = run("bench", "latency", "--model", tiny("mha"), "--batch-size", "2", "--input-len", "5", "--output-len", "4",
+               "--num-iters", "3", "--num-iters-warmup", "1", "--json", str(tmp_path / "out.json"))  # fmt: skip
+    assert done.returncode == 0 and "latency_mean_s" in done.stdout, done.stderr
+    assert '"latency_p99_s"' in (tmp_path / "out.json").read_text()

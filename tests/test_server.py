@@ -1,0 +1,482 @@
+"""The server: endpoints, fields and errors, clients that misbehave, load, its beginning and its end."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import aiohttp
+import pytest
+from conftest import RunningServer
+
+from minivllm import LLM, SamplingParams
+
+CHAT = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def request(server, path, body=None, method=None, headers=None, data=None):
+    """(status, JSON or text, headers)"""
+
+    async def run():
+        async with aiohttp.ClientSession() as session:
+            kind = method or ("GET" if body is None and data is None else "POST")
+            async with session.request(kind, server.url + path, json=body, data=data, headers=headers) as answer:
+                text = await answer.text()
+                is_json = answer.content_type == "application/json"
+                return answer.status, json.loads(text) if is_json else text, answer.headers
+
+    return asyncio.run(run())
+
+
+async def events(session, url, body):
+    """The events of a streamed answer, [DONE] excluded."""
+    async with session.post(url, json=body | {"stream": True}) as answer:
+        assert answer.status == 200, await answer.text()
+        found = []
+        async for line in answer.content:
+            if line.startswith(b"data: "):
+                found.append(line[6:].strip())
+        assert found[-1] == b"[DONE]"
+        return [json.loads(event) for event in found[:-1]]
+
+
+def stream(server, path, body):
+    async def run():
+        async with aiohttp.ClientSession() as session:
+            return await events(session, server.url + path, body)
+
+    return asyncio.run(run())
+
+
+def complete(server, **body):
+    status, answer, _ = request(server, "/v1/completions", {"temperature": 0} | body)
+    assert status == 200, answer
+    return answer
+
+
+def chat(server, **body):
+    status, answer, _ = request(server, "/v1/chat/completions", {"messages": CHAT, "temperature": 0} | body)
+    assert status == 200, answer
+    return answer
+
+
+@pytest.fixture(scope="module")
+def offline(embedded):
+    with LLM(embedded, device="cpu", max_model_len=2048, block_size=16, kv_cache_memory_bytes=1 << 28) as llm:
+        yield llm
+
+
+def test_completions(server, offline):
+    prompts = ["The capital of France is", "1, 2, 3,"]
+    expected = offline.generate(prompts, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    answer = complete(server, model="smol", prompt=prompts, max_tokens=8)
+    assert answer["object"] == "text_completion" and answer["model"] == "smol" and answer["id"].startswith("cmpl-")
+    assert [(c["index"], c["text"], c["finish_reason"]) for c in answer["choices"]] == [
+        (i, output.outputs[0].text, "length") for i, output in enumerate(expected)
+    ]
+    num_prompt = sum(len(output.prompt_token_ids) for output in expected)
+    assert {k: v for k, v in answer["usage"].items() if k != "prompt_tokens_details"} == dict(
+        prompt_tokens=num_prompt, completion_tokens=16, total_tokens=num_prompt + 16
+    )
+    ids = [output.prompt_token_ids for output in expected]
+    assert [c["text"] for c in complete(server, prompt=ids, max_tokens=8)["choices"]] == [
+        output.outputs[0].text for output in expected
+    ]
+    assert complete(server, prompt=ids[1], max_tokens=8)["choices"][0]["text"] == expected[1].outputs[0].text
+    assert complete(server, prompt="x")["usage"]["completion_tokens"] <= 16
+
+
+def test_completions_streamed(server):
+    body = dict(prompt=["The capital of France is", "1, 2, 3,"], n=2, seed=5, max_tokens=9, temperature=1.0)
+    whole = complete(server, **body)
+    parts = stream(server, "/v1/completions", body | {"stream_options": {"include_usage": True}})
+    texts = dict.fromkeys(range(4), "")
+    for part in parts[:-1]:
+        assert part["usage"] is None and part["id"] == parts[0]["id"]
+        for choice in part["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert list(texts.values()) == [choice["text"] for choice in whole["choices"]] and len(set(texts.values())) == 4
+    assert parts[-1]["choices"] == [] and parts[-1]["usage"]["completion_tokens"] == 36
+    body["stream_options"] = dict(include_usage=True, continuous_usage_stats=True)
+    assert stream(server, "/v1/completions", body)[0]["usage"]["completion_tokens"] >= 1
+
+
+def test_echo_and_logprobs(server, offline):
+    prompt = "The capital of France is"
+    expected = offline.generate(
+        prompt, SamplingParams(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=2), use_tqdm=False
+    )[0]
+    text = prompt + expected.outputs[0].text
+    choice = complete(server, prompt=prompt, max_tokens=3, echo=True, logprobs=2)["choices"][0]
+    assert choice["text"] == text
+    found = choice["logprobs"]
+    ids = expected.prompt_token_ids + expected.outputs[0].token_ids
+    entries = expected.prompt_logprobs + expected.outputs[0].logprobs
+    assert "".join(found["tokens"]) == text and len(found["tokens"]) == len(ids)
+    assert [
+        text[offset:].startswith(token) for token, offset in zip(found["tokens"], found["text_offset"], strict=True)
+    ]
+    assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+    for i, (token, entry) in enumerate(zip(ids, entries, strict=True)):
+        if i:
+            assert found["token_logprobs"][i] == pytest.approx(entry[token].logprob, abs=1e-4)
+            assert len(found["top_logprobs"][i]) in (2, 3)
+    only_prompt = complete(server, prompt=prompt, max_tokens=0, echo=True, logprobs=2)
+    assert only_prompt["choices"][0]["text"] == prompt and only_prompt["usage"]["completion_tokens"] == 0
+    assert only_prompt["choices"][0]["logprobs"]["tokens"] == found["tokens"][: len(expected.prompt_token_ids)]
+    parts = stream(server, "/v1/completions", dict(prompt=prompt, max_tokens=3, temperature=0, echo=True, logprobs=2))
+    assert "".join(part["choices"][0]["text"] for part in parts) == text
+    assert sum((part["choices"][0]["logprobs"]["tokens"] for part in parts), []) == found["tokens"]
+    assert sum((part["choices"][0]["logprobs"]["text_offset"] for part in parts), []) == found["text_offset"]
+    listed = complete(server, prompt=prompt, max_tokens=1, prompt_logprobs=1)["choices"][0]["prompt_logprobs"]
+    assert listed[0] is None and listed[1][str(ids[1])]["logprob"] == pytest.approx(
+        entries[1][ids[1]].logprob, abs=1e-4
+    )
+
+
+def test_chat(server, offline):
+    expected = offline.chat(CHAT, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)[0]
+    answer = chat(server, max_completion_tokens=20, logprobs=True, top_logprobs=2)
+    choice = answer["choices"][0]
+    assert answer["object"] == "chat.completion" and choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"] == expected.outputs[0].text and choice["finish_reason"] == "stop"
+    assert answer["usage"]["prompt_tokens"] == len(expected.prompt_token_ids)
+    assert answer["usage"]["completion_tokens"] == len(expected.outputs[0].token_ids)
+    assert all(len(entry["top_logprobs"]) == 2 for entry in choice["logprobs"]["content"])
+    assert b"".join(bytes(e["bytes"]) for e in choice["logprobs"]["content"]).decode().startswith("The capital")
+    parts = stream(server, "/v1/chat/completions", dict(messages=CHAT, temperature=0, logprobs=True))
+    assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(p["choices"][0]["delta"].get("content", "") for p in parts) == expected.outputs[0].text
+    assert [p["choices"][0]["finish_reason"] for p in parts if p["choices"][0]["finish_reason"]] == ["stop"]
+    entries = [e for p in parts if p["choices"][0]["logprobs"] for e in p["choices"][0]["logprobs"]["content"]]
+    assert len(entries) == len(expected.outputs[0].token_ids)
+    again = chat(server)
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == (len(expected.prompt_token_ids) - 1) // 16 * 16
+    going_on = [*CHAT, {"role": "assistant", "content": "The capital of France is"}]
+    text = chat(server, messages=going_on, continue_final_message=True, max_tokens=3)["choices"][0]["message"][
+        "content"
+    ]
+    assert "Paris" in text
+    parts = [{"type": "text", "text": CHAT[0]["content"]}]
+    assert chat(server, messages=[{"role": "user", "content": parts}])["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": expected.outputs[0].text,
+    }
+
+
+def test_options_have_their_effect(server):
+    assert complete(server, prompt="1, 2, 3,", max_tokens=30, stop=[" 6"])["choices"][0] | {"logprobs": None} == {
+        "index": 0, "text": " 4, 5,", "logprobs": None, "finish_reason": "stop", "stop_reason": " 6",
+    }  # fmt: skip
+    kept = complete(server, prompt="1, 2, 3,", max_tokens=30, stop=" 6", include_stop_str_in_output=True)
+    assert kept["choices"][0]["text"] == " 4, 5, 6"
+    seeded = [complete(server, prompt="Once", seed=s, temperature=1.5, max_tokens=12) for s in (1, 1, 2)]
+    texts = [answer["choices"][0]["text"] for answer in seeded]
+    assert texts[0] == texts[1] != texts[2]
+    plain = complete(server, prompt="1, 2, 3,", max_tokens=1)["choices"][0]["text"]
+    space = request(server, "/tokenize", {"prompt": plain})[1]["tokens"][0]
+    banned = complete(server, prompt="1, 2, 3,", max_tokens=1, logit_bias={str(space): -100})["choices"][0]["text"]
+    assert banned != plain
+    five = complete(server, prompt="1, 2, 3,", max_tokens=5, ignore_eos=True, min_tokens=5, top_k=1, min_p=0.1)
+    assert five["usage"]["completion_tokens"] == 5
+    assert complete(server, prompt="a b c d e f g", truncate_prompt_tokens=3)["usage"]["prompt_tokens"] == 3
+    # The same, but for the options that are off: null counts as left out.
+    nulls = dict.fromkeys(["n", "seed", "stop", "logit_bias", "top_k", "user", "response_format", "suffix", "tools"])
+    assert complete(server, prompt="1, 2, 3,", max_tokens=1, **nulls)["choices"][0]["text"] == plain
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "save_person", "parameters": PERSON}},
+    {"type": "function", "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+def test_response_format_and_forced_calls(server):
+    pytest.importorskip("llguidance")
+    messages = [{"role": "user", "content": "Ann is 31 years old. Save her."}]
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    answer = chat(server, messages=messages, response_format=form, max_tokens=80)
+    person = json.loads(answer["choices"][0]["message"]["content"])
+    assert person.keys() == {"name", "age"}
+    assert complete(server, prompt="Answer:", structured_outputs={"choice": ["yes", "no"]})["choices"][0]["text"] in (
+        "yes", "no",
+    )  # fmt: skip
+    named = {"type": "function", "function": {"name": "save_person"}}
+    for choice, reason in ((named, "stop"), ("required", "tool_calls")):
+        body = dict(messages=messages, tools=TOOLS, tool_choice=choice, max_tokens=120)
+        whole = chat(server, **body)["choices"][0]
+        assert whole["finish_reason"] == reason and whole["message"]["content"] is None
+        call = whole["message"]["tool_calls"][0]
+        assert call["type"] == "function" and call["id"] and json.loads(call["function"]["arguments"]) is not None
+        parts = stream(server, "/v1/chat/completions", body | {"temperature": 0})
+        calls = [c for p in parts for c in p["choices"][0]["delta"].get("tool_calls", ())]
+        assert [c["function"] for c in calls] == [c["function"] for c in whole["message"]["tool_calls"]]
+        assert [c["index"] for c in calls] == list(range(len(calls)))
+        assert parts[-1]["choices"][0]["finish_reason"] == reason
+    # The calls and their results go back to the model.
+    turn = [*messages, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    turn.append({"role": "tool", "tool_call_id": call["id"], "content": "saved"})
+    assert chat(server, messages=turn, max_tokens=3)["usage"]["completion_tokens"] <= 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "message"),
+    [
+        ("completions", dict(), 400, "prompt", "prompt is missing"),
+        ("completions", dict(prompt="x", suffix="y"), 400, "suffix", "suffix is not supported"),
+        ("completions", dict(prompt="x", best_of=3), 400, None, "best_of is not supported"),
+        ("completions", dict(prompt=""), 400, "prompt", "the prompt is empty"),
+        ("completions", dict(prompt=[]), 400, None, "prompt"),
+        ("completions", dict(prompt=[[1], []]), 400, "prompt", "the prompt is empty"),
+        ("completions", dict(prompt=["x", [1]]), 400, "prompt", "none of the forms"),
+        ("completions", dict(prompt=[10**9]), 400, "prompt", "outside the vocabulary"),
+        ("completions", dict(prompt=["a"] * 200), 400, None, "more than 128"),
+        ("completions", dict(prompt="x", max_tokens=0), 400, "max_tokens", "max_tokens must be at least 1"),
+        ("completions", dict(prompt="x", max_tokens="many"), 400, "max_tokens", "max_tokens"),
+        ("completions", dict(prompt="x", temperature=-1), 400, "temperature", "temperature must be"),
+        ("completions", dict(prompt="x", logprobs=99), 400, "prompt", "max_logprobs"),
+        ("completions", dict(prompt="x", n=1000), 400, "n", "n"),
+        ("completions", dict(prompt="x", logit_bias={"a": 1}), 400, "logit_bias", "logit_bias"),
+        ("completions", dict(prompt="x", stream_options={}), 400, "stream_options", "stream: true"),
+        ("completions", dict(prompt="x", model="gpt-9"), 404, "model", "does not exist"),
+        ("completions", dict(prompt=[5] * 3000), 400, "prompt", "max_model_len is 2048"),
+        ("chat/completions", dict(messages=[]), 400, "messages", "messages"),
+        ("chat/completions", dict(messages=[{"content": "x"}]), 400, "messages", "role"),
+        ("chat/completions", dict(messages="Hi"), 400, "messages", "messages"),
+        ("chat/completions", dict(messages=CHAT, functions=[]), 400, "functions", "functions is not supported"),
+        ("chat/completions", dict(messages=CHAT, top_logprobs=2), 400, None, "top_logprobs needs logprobs"),
+        ("chat/completions", dict(messages=CHAT, tool_choice="auto"), 400, None, "tool_choice needs tools"),
+        ("chat/completions", dict(messages=CHAT, chat_template="{{ 1/0 }}"), 400, "messages", "chat template"),
+        ("chat/completions", dict(messages=CHAT, response_format={"type": "yaml"}), 400, "response_format.type", ""),
+        (
+            "chat/completions",
+            dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+            400, "messages", "only content of text",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes(server, path, body, status, param, message):
+    found, answer, _ = request(server, "/v1/" + path, body)
+    assert found == status and message in answer["error"]["message"], answer
+    assert answer["error"].keys() == {"message", "type", "param", "code"}
+    assert param is None or answer["error"]["param"] == param
+    server.wait_until_idle()
+
+
+def test_other_mistakes(server):
+    assert request(server, "/v1/nothing")[0] == 404 and request(server, "/v1/completions")[0] == 405
+    assert request(server, "/v1/completions", data="{}", headers={"Content-Type": "text/plain"})[0] == 415
+    for data in ("{", "[]", "3", "[" * 100_000, b"\xff\xfe"):
+        status, answer, _ = request(server, "/v1/completions", data=data, headers={"Content-Type": "application/json"})
+        assert status == 400 and "error" in answer, answer
+
+
+def test_small_endpoints(server, offline):
+    assert request(server, "/health")[0] == 200 and request(server, "/version")[1].keys() == {"version"}
+    models = request(server, "/v1/models")[1]
+    assert models["object"] == "list" and models["data"][0]["id"] == "smol"
+    assert models["data"][0]["max_model_len"] == 2048
+    assert request(server, "/v1/models/smol")[1] == models["data"][0] and request(server, "/v1/models/x")[0] == 404
+    ids = offline.get_tokenizer()("Hello, world").input_ids
+    found = request(server, "/tokenize", {"prompt": "Hello, world", "return_token_strs": True})[1]
+    assert found["tokens"] == ids and found["count"] == len(ids) == len(found["token_strs"])
+    assert request(server, "/tokenize", {"messages": CHAT})[1]["count"] > 10
+    assert request(server, "/tokenize", {})[0] == 400
+    assert request(server, "/detokenize", {"tokens": ids})[1] == {"prompt": "Hello, world"}
+    assert request(server, "/detokenize", {"tokens": [-5]})[0] in (200, 400)
+    text = request(server, "/metrics")[1]
+    for name in ("num_requests_running", "kv_cache_usage_perc", "prefix_cache_hits_total", "num_preemptions_total",
+                 "generation_tokens_total", "time_to_first_token_seconds_bucket", "e2e_request_latency_seconds_count",
+                 "inter_token_latency_seconds_sum", "request_success_total"):  # fmt: skip
+        assert f"vllm:{name}{{" in text, name
+    page = request(server, "/")
+    assert page[0] == 200 and "<html" in page[1].lower()
+
+
+def hang_up_after(server, body, num_bytes):
+    """Send a request, read a little of the answer, and hang up."""
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        content = json.dumps(body).encode()
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            + f"Content-Length: {len(content)}\r\n\r\n".encode()
+            + content
+        )
+        received = b""
+        while len(received) < num_bytes:
+            received += connection.recv(4096)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_hangs_up_is_aborted(server, streamed):
+    before = server.metric("generation_tokens")
+    body = dict(prompt=["Once upon a time"] * 3, max_tokens=1500, ignore_eos=True, stream=streamed)
+    hang_up_after(server, body, 2000 if streamed else 0)
+    if not streamed:
+        time.sleep(0.5)
+    server.wait_until_idle()
+    assert server.metric("generation_tokens") - before < 1000
+
+
+def test_keys_queue_and_body_limits(tiny):
+    options = dict(api_keys=["secret", "other"], max_queued_requests=2, max_body_bytes=2000, model_names=["a", "b"])
+    server = RunningServer(tiny("mha"), skip_tokenizer_init=True, max_num_seqs=2, block_size=16, **options)
+    try:
+        key = {"Authorization": "Bearer other"}
+        for headers in (None, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+            status, answer, _ = request(server, "/v1/models", headers=headers)
+            assert status == 401 and answer["error"]["code"] == "invalid_api_key"
+        assert request(server, "/health")[0] == request(server, "/")[0] == 200
+        assert [model["id"] for model in request(server, "/v1/models", headers=key)[1]["data"]] == ["a", "b"]
+        one = dict(prompt=[1, 2, 3], max_tokens=240, ignore_eos=True)
+        assert request(server, "/v1/completions", dict(one, model="b"), headers=key)[1]["model"] == "b"
+        status, answer, _ = request(server, "/v1/completions", dict(one, prompt=[1] * 2000), headers=key)
+        assert status == 413 and "2000 bytes" in answer["error"]["message"]
+        chunked = request(server, "/v1/completions", data=iter_bytes(2100), headers=key | JSON)
+        assert chunked[0] == 413
+        status, answer, headers = request(server, "/v1/completions", dict(one, n=5), headers=key)
+        assert status == 429 and int(headers["Retry-After"]) >= 1
+
+        async def crowd():
+            async with aiohttp.ClientSession(headers=key) as session:
+
+                async def ask():
+                    async with session.post(server.url + "/v1/completions", json=one) as answer:
+                        return answer.status
+
+                return await asyncio.gather(*(ask() for _ in range(12)))
+
+        statuses = asyncio.run(crowd())
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 4
+        server.wait_until_idle()
+        server.llm._process.kill()
+        server.llm._process.wait()
+        time.sleep(0.2)
+        assert request(server, "/health")[0] == 503
+        status, answer, _ = request(server, "/v1/completions", one, headers=key)
+        assert status == 500 and "engine has failed" in answer["error"]["message"]
+    finally:
+        server.close()
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+async def iter_bytes(count):
+    for _ in range(count // 100):
+        yield b" " * 100
+
+
+def test_an_engine_that_dies_ends_streams(tiny):
+    server = RunningServer(tiny("mha"), skip_tokenizer_init=True, max_num_seqs=2, block_size=16)
+    try:
+
+        async def run():
+            body = dict(prompt=[1, 2], max_tokens=250, ignore_eos=True, stream=True)
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(server.url + "/v1/completions", json=body) as answer,
+            ):
+                await answer.content.readline()
+                server.llm._process.kill()
+                return (await answer.content.read()).decode()
+
+        text = asyncio.run(run())
+        assert "engine has failed" in text.split("data: ")[-2] and text.endswith("data: [DONE]\n\n")
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("num_clients", [200])
+def test_load(server, num_clients):
+    """Many streams at once; a third of the clients hang up midway or send rubbish.  The others get all of theirs."""
+
+    async def good(session, i):
+        body = dict(prompt=f"Number {i % 7}:", max_tokens=12, ignore_eos=True, temperature=0)
+        parts = await events(
+            session, server.url + "/v1/completions", body | {"stream_options": {"include_usage": True}}
+        )
+        assert parts[-1]["usage"]["completion_tokens"] == 12
+        assert parts[-2]["choices"][0]["finish_reason"] == "length"
+        return i % 7, "".join(part["choices"][0]["text"] for part in parts[:-1])
+
+    async def bad(session, i):
+        if i % 2:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nContent-Length: nonsense\r\n\r\n{{{" * (i % 5))
+            await writer.drain()
+            writer.close()
+            return None
+        body = dict(prompt="Once", max_tokens=1500, ignore_eos=True, stream=True)
+        async with session.post(server.url + "/v1/completions", json=body) as answer:
+            await answer.content.readline()
+        return None
+
+    async def run():
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(None)) as session:
+            return await asyncio.gather(*((bad if i % 3 == 2 else good)(session, i) for i in range(num_clients)))
+
+    results = [result for result in asyncio.run(run()) if result is not None]
+    assert len(results) == num_clients - num_clients // 3
+    assert len(set(results)) == 7, "equal prompts have equal answers"
+    server.wait_until_idle()
+
+
+def start(model, *arguments):
+    """The command `minivllm serve`, once it serves: (process, url)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minivllm", "serve", model, "--port", "0", "--device", "cpu", "--skip-tokenizer-init",
+         "--max-model-len", "256", "--block-size", "16", *arguments],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.startswith("minivllm: serving"):
+            return process, line.split(" on ")[1].split()[0]
+    raise AssertionError(f"the server ended with status {process.wait()}")
+
+
+def test_sigterm_loses_no_request(tiny):
+    process, url = start(tiny("mha"), "--no-enable-prefix-caching", "--served-model-name", "tiny")
+
+    async def run():
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            body = dict(prompt=[1, 2, 3], max_tokens=250, ignore_eos=True)
+            running = [asyncio.ensure_future(events(session, url + "/v1/completions", body)) for _ in range(40)]
+            await asyncio.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*running)
+
+    for parts in asyncio.run(run()):
+        assert parts[-1]["choices"][0]["finish_reason"] == "length"
+    assert process.wait(10) == 0
+    process.stderr.close()
+
+
+def test_starting_mistakes_are_one_line(tiny):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            (["--port", port], "use another --port"),
+            (["--tool-call-parser", "x", "--port", "0"], "--tool-call-parser must be one of"),
+            (["--port", "0", "--max-model-len", "99999999"], "max_model_len"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-m", "minivllm", "serve", tiny("mha"), "--device", "cpu", "--skip-tokenizer-init",
+                 *arguments],
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            lines = done.stderr.strip().splitlines()
+            assert done.returncode == 1 and message in lines[-1] and lines[-1].startswith("minivllm: error:")
