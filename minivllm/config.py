@@ -59,7 +59,10 @@ class EngineConfig:
     load_format: str = option("auto", "auto, safetensors, gguf, pt (pytorch_model*.bin) or dummy (random weights)")
     seed: int = option(0, "of requests that bring none, and of dummy weights")
     max_logprobs: int = option(20, "the most log probabilities a request may ask for; -1: no limit")
-    tensor_parallel_size: int = option(1, "GPUs that share the model")
+    tensor_parallel_size: int = option(1, "GPUs, each with a process of its own, that share the model")
+    distributed_timeout_seconds: int | None = option(
+        None, "without an answer, after which workers count as lost; default: 30 on GPUs, 300 on CPUs"
+    )
     speculative_config: dict[str, Any] | None = option(None, '{"method": "ngram", "num_speculative_tokens": N, …}')
     device: str = option("auto", "cuda, cuda:N or cpu; auto: a GPU if there is one")
     async_scheduling: bool | None = option(
@@ -79,7 +82,8 @@ class EngineConfig:
         return cls(**{**given, "dtype": str(dtype).removeprefix("torch.")})
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes",
+                     "distributed_timeout_seconds"):  # fmt: skip
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
         check_int("block_size", self.block_size, 1)
@@ -108,8 +112,6 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be 'auto', 'cuda', 'cuda:N' or 'cpu', got {self.device!r}")
-        if self.tensor_parallel_size > 1:
-            raise ValueError("tensor_parallel_size > 1 is not supported yet; use 1")
         if self.block_size not in (16, 32) and self.block_size % 64:
             raise ValueError(f"block_size must be 16, 32 or a multiple of 64, got {self.block_size}")
         if self.max_num_seqs and self.max_num_batched_tokens and self.max_num_seqs > self.max_num_batched_tokens:
@@ -139,6 +141,7 @@ class EngineConfig:
             max_model_len=max_model_len,
             max_num_batched_tokens=budget,
             max_num_seqs=self.max_num_seqs or min(256, budget),
+            distributed_timeout_seconds=self.distributed_timeout_seconds or (30 if on_gpu else 300),
             async_scheduling=on_gpu if self.async_scheduling is None else self.async_scheduling,
             backend=("triton" if on_gpu else "torch") if self.backend == "auto" else self.backend,
         )

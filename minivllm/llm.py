@@ -27,7 +27,7 @@ from minivllm.metrics import Metric, collect
 from minivllm.model_config import ModelConfig, override
 from minivllm.models import model_class
 from minivllm.outputs import RequestOutput
-from minivllm.runner.executor import LocalExecutor
+from minivllm.runner.executor import make_executor
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 
@@ -63,7 +63,7 @@ class LLM:
             raise ValueError(f"model must be a folder, a hub id, a .gguf file or None, got {model!r}")
         model = None if model is None else os.fspath(model)
         config = EngineConfig.from_arguments(arguments)
-        device = _device(config.device)
+        device = _device(config.device, config.tensor_parallel_size)
         dummy = config.load_format == "dummy"
         if config.load_format == "gguf" and not str(model).endswith(".gguf"):
             raise ValueError(f"load_format='gguf' needs a .gguf file as model, got {model!r}")
@@ -78,12 +78,13 @@ class LLM:
         model_config = ModelConfig.from_hf(hf_config, files.generation_config)
         # Refuses what is not supported before anything is loaded.
         self.model_config = model_class(model_config.architecture, trust_remote_code).adapt(model_config)
+        self.model_config.share(config.tensor_parallel_size)  # refuses what cannot be cut so
         self.config = config.resolve(self.model_config, device)
         assert self.config.max_model_len is not None
         self.inputs = InputProcessor(
             files.load_tokenizer(), chat_template, files.generation_config, self.config.max_model_len
         )
-        self._executor = LocalExecutor(self.config, self.model_config, files.weights)
+        self._executor = make_executor(self.config, self.model_config, files.weights)
         self.engine = Engine(self.config, self.model_config, self._executor, self.inputs.tokenizer)
         self._request_ids = itertools.count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request: the outputs its call has not taken yet
@@ -273,13 +274,18 @@ class LLM:
                 self._inboxes.pop(request_id, None)
 
 
-def _device(name: str) -> str:
-    """ "auto", "cuda", "cuda:N" or "cpu" to a device there is: "cuda:N" or "cpu"."""
+def _device(name: str, num_workers: int) -> str:
+    """ "auto", "cuda", "cuda:N" or "cpu" to a device there is, the first worker's: "cuda:N" or "cpu"."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     index = int(name.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise ValueError(f"device {name!r}: there are {torch.cuda.device_count()} GPUs; use another, or 'cpu'")
+    if index + num_workers > torch.cuda.device_count():
+        raise ValueError(
+            f"tensor_parallel_size ({num_workers}) needs as many GPUs, from {index} on; there are "
+            f"{torch.cuda.device_count()}"
+        )
     return f"cuda:{index}"
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
@@ -124,6 +124,21 @@ class ModelConfig:
     embedding_scale: float = 1.0
     zero_centered_norms: bool = False  # the checkpoint's RMSNorm weights are the true ones minus 1
     sandwich_norms: bool = False  # RMSNorm after attention and MLP too, before the residual addition
+
+    def share(self, size: int) -> ModelConfig:
+        """What each of `size` tensor-parallel workers has of the model.  Raises ValueError if it cannot be cut so."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        for name, count in (("attention heads", heads), ("intermediate_size", self.intermediate_size)):
+            if count % size:
+                raise ValueError(f"tensor_parallel_size ({size}) must divide the model's {name} ({count})")
+        if kv_heads % size and size % kv_heads:
+            raise ValueError(f"tensor_parallel_size ({size}) must divide the model's {kv_heads} KV heads, or they it")
+        return replace(
+            self,
+            num_attention_heads=heads // size,
+            num_key_value_heads=max(1, kv_heads // size),
+            intermediate_size=self.intermediate_size // size,
+        )
 
     @property
     def kv_elements_per_token(self) -> int:

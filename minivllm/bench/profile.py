@@ -124,8 +124,7 @@ def decode_step(llm: LLM, batches: list[ScheduledBatch], path: str, bytes_per_s:
     executor: Any = llm.engine.executor
     model, dtype = executor.runner.model, getattr(torch, llm.config.dtype)
     weights = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
-    if model.lm_head is None:
-        weights.append(model.head)
+    weights.append(model.head)
     per_token = llm.model_config.kv_elements_per_token * dtype.itemsize
     return DecodeStep(
         num_steps=len(decodes),

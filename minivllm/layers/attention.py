@@ -12,6 +12,7 @@ from minivllm.backends.base import KVCache
 from minivllm.layers.linear import Linear, MergedLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.model_config import ModelConfig
+from minivllm.parallel import ALONE, TensorParallel
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
@@ -19,17 +20,26 @@ if TYPE_CHECKING:
 
 class Attention(nn.Module):
     def __init__(
-        self, config: ModelConfig, layer: int, backend: Backend, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        layer: int,
+        backend: Backend,
+        dtype: torch.dtype,
+        device: torch.device,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.num_heads = config.num_attention_heads
+        self.tp = tp
+        self.num_heads = config.num_attention_heads // tp.size
         self.scale = config.attention_scale or config.head_dim**-0.5  # handed to the backend, which alone applies it
-        q_size = self.num_heads * config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = MergedLinear(config.hidden_size, parts, config.qkv_bias, backend, dtype, device)
-        self.o_proj = Linear(q_size, config.hidden_size, config.o_bias, backend, dtype, device)
+        kv_share = tp.kv_share(config.num_key_value_heads)
+        shares = {"q_proj": tp.share, "k_proj": kv_share, "v_proj": kv_share}
+        self.qkv_proj = MergedLinear(config.hidden_size, parts, config.qkv_bias, backend, dtype, device, shares)
+        self.o_proj = Linear(q_size, config.hidden_size, config.o_bias, backend, dtype, device, tp.share)
         self.window = config.window(layer)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
@@ -53,4 +63,4 @@ class Attention(nn.Module):
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
         q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch, norms)
         out = self.backend.attention(q, kv_cache, batch, self.scale, self.window)  # [tokens, heads, head_dim]
-        return self.o_proj((out if wanted is None else out[wanted]).flatten(1))
+        return self.tp.all_reduce(self.o_proj((out if wanted is None else out[wanted]).flatten(1)))

@@ -37,7 +37,7 @@ class Fp8Linear(nn.Module):
 
 
 def quantize_linears(model: nn.Module) -> None:
-    """Replace every linear layer inside `model`, once loaded; those directly in it (the LM head) stay."""
+    """Replace every linear layer inside `model`, once loaded; those directly in it stay, as a head would."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear) and parent is not model:

@@ -76,6 +76,9 @@ class GGUFSource:
             if (hf_name := self._hf_name(tensor.name)) is not None:
                 self._tensors[hf_name] = tensor
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GGUFSource, (self._path,)  # another process opens the file for itself
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in self._tensors.items()}
 

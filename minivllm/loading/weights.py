@@ -2,13 +2,16 @@
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+
+from minivllm.parallel import Parts
 
 
 class WeightSource(Protocol):
@@ -74,12 +77,13 @@ class PickleSource:
 
 @torch.no_grad()
 def load_weights(
-    targets: dict[str, torch.Tensor],
+    targets: Mapping[str, torch.Tensor | Parts],
     source: WeightSource,
     ignored: Callable[[str], bool] = lambda name: False,
     progress: bool = False,
 ) -> None:
-    """Copy each checkpoint tensor into its target: a parameter or a view of one, on any device and of any float type.
+    """Copy each checkpoint tensor into its target: a parameter or a view of one, on any device and of any float type;
+    or only parts of it, each into its view.
 
     Tensors without a target are skipped where `ignored(name)`. Raises ValueError, before anything is written, that
     names the tensors which are missing, unknown or of another shape; and for a tensor that comes twice or is quantized.
@@ -96,28 +100,30 @@ def load_weights(
             continue
         if name not in unwritten:
             raise ValueError(f"tensor {name} comes twice in the checkpoint")
-        assert tensor.shape == target.shape, f"{name} is not of the shape its source announced"
-        if tensor.dtype != target.dtype:
-            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-                raise ValueError(f"tensor {name} is {tensor.dtype}: quantized checkpoints are not supported")
-            tensor = tensor.to(target.device)  # convert there: copy_ between devices converts on the CPU
-        target.copy_(tensor)
+        assert tuple(tensor.shape) == tuple(target.shape), f"{name} is not of the shape its source announced"
+        for index, view in target.pieces if isinstance(target, Parts) else [((slice(None),) * tensor.ndim, target)]:
+            part = tensor[index]
+            if part.dtype != view.dtype:
+                if not part.is_floating_point() or part.dtype.itemsize == 1:
+                    raise ValueError(f"tensor {name} is {part.dtype}: quantized checkpoints are not supported")
+                part = part.to(view.device)  # convert there: copy_ between devices converts on the CPU
+            view.copy_(part)
         unwritten.remove(name)
     assert not unwritten, f"announced, but not in the checkpoint: {_few(unwritten)}"
 
 
 @torch.no_grad()
-def fill_dummy(targets: dict[str, torch.Tensor], seed: int) -> None:
-    """Draw every target uniformly from ±1e-3, on its own device: the same numbers for the same seed and targets."""
-    generators: dict[torch.device, torch.Generator] = {}
-    for target in targets.values():
-        if target.device not in generators:
-            generators[target.device] = torch.Generator(target.device).manual_seed(seed)
-        target.uniform_(-1e-3, 1e-3, generator=generators[target.device])
+def fill_dummy(targets: Mapping[str, torch.Tensor | Parts], seed: int) -> None:
+    """Draw every target uniformly from ±1e-3, on its own device: the same numbers for the same seed, name and shape."""
+    for name, target in targets.items():
+        views = [view for _, view in target.pieces] if isinstance(target, Parts) else [target]
+        for number, view in enumerate(views):
+            generator = torch.Generator(view.device).manual_seed(seed + zlib.crc32(f"{name} {number}".encode()))
+            view.uniform_(-1e-3, 1e-3, generator=generator)
 
 
 def _check(
-    targets: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], ignored: Callable[[str], bool]
+    targets: Mapping[str, torch.Tensor | Parts], shapes: dict[str, tuple[int, ...]], ignored: Callable[[str], bool]
 ) -> None:
     misshapen = [
         f"{name} is {list(shapes[name])} in the checkpoint and {list(target.shape)} in the model"

@@ -11,31 +11,42 @@ from torch import nn
 
 from minivllm.backends import Backend
 from minivllm.backends.base import KVCache
-from minivllm.layers import Attention, Embedding, Linear, MergedLinear, RMSNorm, rope_table
+from minivllm.layers import Attention, Embedding, Linear, MergedLinear, RMSNorm, Target, VocabWeight, rope_table
 from minivllm.model_config import ModelConfig
+from minivllm.parallel import ALONE, TensorParallel
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device, tp: TensorParallel
+    ) -> None:
         super().__init__()
         self.backend = backend
+        self.tp = tp
         self.activation = config.activation
         size, bias = config.intermediate_size, config.mlp_bias
         parts = {"gate_proj": size, "up_proj": size}
-        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias, backend, dtype, device)
-        self.down_proj = Linear(size, config.hidden_size, bias, backend, dtype, device)
+        shares = dict.fromkeys(parts, tp.share)
+        self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias, backend, dtype, device, shares)
+        self.down_proj = Linear(size, config.hidden_size, bias, backend, dtype, device, tp.share)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [tokens, hidden] -> [tokens, hidden]."""
-        return self.down_proj(self.backend.activate_and_mul(self.gate_up_proj(x), self.activation))
+        return self.tp.all_reduce(self.down_proj(self.backend.activate_and_mul(self.gate_up_proj(x), self.activation)))
 
 
 class LlamaLayer(nn.Module):
     def __init__(
-        self, config: ModelConfig, layer: int, backend: Backend, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        layer: int,
+        backend: Backend,
+        dtype: torch.dtype,
+        device: torch.device,
+        tp: TensorParallel,
     ) -> None:
         super().__init__()
 
@@ -44,12 +55,12 @@ class LlamaLayer(nn.Module):
             return RMSNorm(config.hidden_size, eps, backend, dtype, device, zero_centered)
 
         self.input_layernorm = norm()
-        self.self_attn = Attention(config, layer, backend, dtype, device)
+        self.self_attn = Attention(config, layer, backend, dtype, device, tp)
         self.post_attention_layernorm = norm()
         self.has_sandwich = config.sandwich_norms
         if self.has_sandwich:  # the norm before the MLP has a name of its own, and there is one after it
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
-        self.mlp = LlamaMLP(config, backend, dtype, device)
+        self.mlp = LlamaMLP(config, backend, dtype, device, tp)
 
     def forward(
         self,
@@ -76,17 +87,19 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    def __init__(self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device, tp: TensorParallel
+    ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device, config.embedding_scale)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device, config.embedding_scale, tp)
         self.layers = nn.ModuleList(
-            LlamaLayer(config, i, backend, dtype, device) for i in range(config.num_hidden_layers)
+            LlamaLayer(config, i, backend, dtype, device, tp) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend, dtype, device, config.zero_centered_norms)
 
 
 class LlamaForCausalLM(nn.Module):
-    """The decoder.  `num_positions`: positions to be ready for (max_model_len).
+    """The decoder.  `num_positions`: positions to be ready for (max_model_len).  `tp`: whose share of it this is.
 
     Other architectures are subclasses that say in `adapt` what they mean by their configs.
     """
@@ -97,16 +110,21 @@ class LlamaForCausalLM(nn.Module):
         return replace(config, sliding_windows=())
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device, num_positions: int
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_positions: int,
+        tp: TensorParallel = ALONE,
     ) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config, backend, dtype, device)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, False, backend, dtype, device)
-        )
+        self.tp = tp
+        self.model = LlamaModel(config, backend, dtype, device, tp)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = VocabWeight(config.vocab_size, config.hidden_size, dtype, device, tp)
         self.backend = backend
         self.cos_sin = rope_table(config.rope, config.head_dim, num_positions, device)
         self.local_cos_sin = self.cos_sin  # of the layers with a window
@@ -129,11 +147,11 @@ class LlamaForCausalLM(nn.Module):
     def compute_logits(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Final norm and LM head of the given rows: [rows, hidden] twice -> [rows, vocab_size]."""
         hidden, _ = self.model.norm(x, residual)
-        return self.backend.linear(hidden, self.head, None)
+        return self.tp.gather_logits(self.backend.linear(hidden, self.head, None), self.config.vocab_size)
 
-    def weight_targets(self) -> dict[str, torch.Tensor]:
+    def weight_targets(self) -> dict[str, Target]:
         """Every checkpoint tensor the model takes, by its name there, with the view of a parameter it goes to."""
-        targets: dict[str, torch.Tensor] = {}
+        targets: dict[str, Target] = {}
         for path, module in self.named_modules():
             if hasattr(module, "targets"):
                 targets.update(module.targets(path))
@@ -146,7 +164,10 @@ class LlamaForCausalLM(nn.Module):
                 module.pack()
             if isinstance(module, RMSNorm):
                 module.finish_loading()
-        self.head = self.backend.pack(self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head.weight
+        own_head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        self.head = self.backend.pack(own_head.weight.data)
+        if self.lm_head is not None:
+            del self.lm_head.weight  # packed, it is there already
 
     def ignores_weight(self, name: str) -> bool:
         """Whether a checkpoint may bring tensor `name` although the model does not take it."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from minivllm.layers import Linear
+from minivllm.layers import MergedLinear, Target
 from minivllm.model_config import ModelConfig
 from minivllm.models.llama import LlamaForCausalLM
 
@@ -16,11 +14,11 @@ class Phi3ForCausalLM(LlamaForCausalLM):
     def adapt(cls, config: ModelConfig) -> ModelConfig:
         return replace(config, qkv_bias=False, o_bias=False, mlp_bias=False)
 
-    def weight_targets(self) -> dict[str, torch.Tensor]:
+    def weight_targets(self) -> dict[str, Target]:
         targets = super().weight_targets()
         for path, module in self.named_modules():
-            if isinstance(module, Linear):
+            if isinstance(module, MergedLinear):
                 for name in module.targets(path):
                     del targets[name]
-                targets.update(Linear.targets(module, path))
+                targets.update(module.merged_targets(path))
         return targets

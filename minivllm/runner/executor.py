@@ -1,16 +1,43 @@
-"""Executor: who runs the steps.  For now, one runner in this process."""
+"""Executors: who runs the steps.  A runner in this process, or one in each of several workers that share the model."""
 
 from __future__ import annotations
 
 import gc
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn
 
 import torch
+from torch.distributed import TCPStore
 
 from minivllm.config import EngineConfig
-from minivllm.engine.batch import ScheduledBatch
+from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.loading.weights import WeightSource
 from minivllm.model_config import ModelConfig
 from minivllm.runner.model_runner import ModelRunner, PendingStep
+
+GRACE_SECONDS = 2.0  # after a worker is gone, for others to say what they know of it
+
+Failure = tuple[int, Exception | None, str]  # rank, an error to be raised as it is, traceback
+
+OUT_OF_MEMORY = (
+    "out of GPU memory at start-up; lower gpu_memory_utilization (if other programs use the GPU), "
+    "max_num_batched_tokens, max_num_seqs or max_model_len, or take a smaller model"
+)
+
+
+def make_executor(
+    config: EngineConfig, model_config: ModelConfig, weights: WeightSource | None
+) -> LocalExecutor | WorkersExecutor:
+    """The executor for a resolved config."""
+    executor = LocalExecutor if config.tensor_parallel_size == 1 else WorkersExecutor
+    return executor(config, model_config, weights)
 
 
 class LocalExecutor:
@@ -20,10 +47,7 @@ class LocalExecutor:
         try:
             self.runner: ModelRunner | None = ModelRunner(config, model_config, weights)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
-                "out of GPU memory at start-up; lower gpu_memory_utilization (if other programs use the GPU), "
-                "max_num_batched_tokens, max_num_seqs or max_model_len, or take a smaller model"
-            ) from error
+            raise ValueError(OUT_OF_MEMORY) from error
         self.num_blocks = self.runner.num_blocks
 
     def execute(self, batch: ScheduledBatch) -> PendingStep:
@@ -37,3 +61,138 @@ class LocalExecutor:
         gc.collect()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+class WorkerError(RuntimeError):
+    """A worker has failed, ended or given no answer in time; the model is lost."""
+
+
+class WorkersExecutor:
+    """tensor_parallel_size processes (`worker.py`), each with a share of the model, on GPUs of its own or on the CPU.
+
+    All get each step's order form and run it side by side; the first one answers with what it found out.  The engine's
+    process takes no part in their collective operations, so it is never caught in one: when a worker fails or is
+    silent, it ends them all and says so.
+    """
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, weights: WeightSource | None) -> None:
+        assert config.distributed_timeout_seconds is not None
+        self._timeout = config.distributed_timeout_seconds
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        size = config.tensor_parallel_size
+        self._answers: list[deque[Any]] = [deque() for _ in range(size)]  # that nobody has waited for yet
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # chooses a free port
+        try:
+            for rank in range(size):
+                self._start(rank)
+            for rank, connection in enumerate(self._connections):
+                connection.send((config, model_config, weights, rank, self._store.port))
+            self.num_blocks = int(min(self._answer(rank, None) for rank in range(size)))
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def execute(self, batch: ScheduledBatch) -> PendingResult:
+        """Launch a step."""
+        message = pickle.dumps(batch, pickle.HIGHEST_PROTOCOL)
+        try:
+            for connection in self._connections:
+                connection.send_bytes(message)
+        except OSError:
+            self._fail()
+        return PendingResult(self)
+
+    def next_result(self) -> StepResult:
+        """Wait for the oldest step that has not been asked for."""
+        return self._answer(0, self._timeout)
+
+    def shutdown(self) -> None:
+        """End the workers."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        self._connections, self._processes = [], []
+
+    def _start(self, rank: int) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", f"from minivllm.runner.worker import main; main({theirs.fileno()})"],
+                    pass_fds=[theirs.fileno()],
+                    env={"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
+                    | os.environ
+                    | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                    stdin=subprocess.DEVNULL,
+                )
+            )
+        self._connections.append(Connection(ours.detach()))
+
+    def _answer(self, rank: int, timeout: float | None) -> Any:
+        """The next answer of a worker.  Raises WorkerError, after all workers were ended, if one of them fails first,
+        or if none comes within `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._answers[rank]:
+            ready = wait(self._connections, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(reason=f"no worker has answered for {timeout:.0f} s (distributed_timeout_seconds)")
+            for other, connection in enumerate(self._connections):
+                if connection in ready:
+                    try:
+                        word, content = connection.recv()
+                    except (EOFError, OSError):
+                        self._fail()
+                    if word == "failed":
+                        self._fail((other, *content))
+                    self._answers[other].append(content)
+        return self._answers[rank].popleft()
+
+    def _fail(self, failure: Failure | None = None, reason: str | None = None) -> NoReturn:
+        """End all workers and raise: `reason`, or what was the first to go wrong.  One that has ended cannot have said
+        why, and the others then fail for its absence."""
+        if failure is None and reason is None:
+            failure = self._first_failure()
+        time.sleep(0.1)
+        statuses = [process.poll() for process in self._processes]
+        self.shutdown()
+        ended = [
+            f"worker {rank} has ended with status {status}"
+            for rank, status in enumerate(statuses)
+            if status is not None
+        ]
+        if ended:
+            raise WorkerError(", ".join(ended))
+        if failure is None:
+            raise WorkerError(reason or "the workers are gone")
+        rank, error, trace = failure
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ValueError(OUT_OF_MEMORY) from None
+        raise error or WorkerError(f"worker {rank} has failed:\n{trace}")
+
+    def _first_failure(self) -> Failure | None:
+        """What the next worker to fail says, if one has the time to."""
+        for connection in wait(self._connections, GRACE_SECONDS):
+            assert isinstance(connection, Connection)
+            try:
+                while connection.poll(GRACE_SECONDS):
+                    word, content = connection.recv()
+                    if word == "failed":
+                        return (self._connections.index(connection), *content)
+            except (EOFError, OSError):
+                pass  # it has ended
+        return None
+
+
+class PendingResult:
+    """A step that the workers run."""
+
+    def __init__(self, executor: WorkersExecutor) -> None:
+        self._executor = executor
+
+    def wait(self) -> StepResult:
+        """Wait until the step has run; steps are to be waited for in their order."""
+        return self._executor.next_result()

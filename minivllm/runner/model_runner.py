@@ -18,6 +18,7 @@ from minivllm.layers.fp8_linear import quantize_linears
 from minivllm.loading.weights import WeightSource, fill_dummy, load_weights
 from minivllm.model_config import ModelConfig
 from minivllm.models import model_class
+from minivllm.parallel import ALONE, TensorParallel
 from minivllm.runner.cuda_graph import StepGraphs, graph_sizes, mixed_graph_sizes
 from minivllm.runner.drafts import expand, keep_last_accepted, put_drafts
 from minivllm.runner.forward_batch import ForwardBatch
@@ -37,10 +38,17 @@ MAX_LOGITS_ROWS = 256  # of a prompt whose logprobs are wanted, at once
 
 
 class ModelRunner:
-    """`config` must be resolved.  After construction the KV cache is allocated: `num_blocks` blocks."""
+    """`config` must be resolved.  After construction the KV cache is allocated: `num_blocks` blocks.  `tp`: whose share
+    of the model this is."""
 
     @torch.inference_mode()
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, weights: WeightSource | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        weights: WeightSource | None,
+        tp: TensorParallel = ALONE,
+    ) -> None:
         assert config.max_num_seqs and config.max_model_len and config.max_num_batched_tokens, "config is not resolved"
         self.config = config
         self.model_config = model_config
@@ -52,19 +60,20 @@ class ModelRunner:
         self.max_num_tokens = config.max_num_batched_tokens
         self.backend = make_backend(config.backend)
         self.model = model_class(model_config.architecture)(
-            model_config, self.backend, self.dtype, self.device, config.max_model_len
+            model_config, self.backend, self.dtype, self.device, config.max_model_len, tp
         )
+        own = model_config.share(tp.size)  # heads and columns of this worker
         self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, model_config.vocab_size)
         num_slots, num_columns = self.slots.block_table.shape
         self.on_gpu, on_triton = self.device.type == "cuda", config.backend == "triton"
         if self.on_gpu and on_triton:
-            cache = allocate_kv_cache(model_config, 1, config.block_size, self.kv_dtype, self.device)[0]
-            compile_kernels(self.backend, model_config, self.dtype, cache, num_columns)
+            cache = allocate_kv_cache(own, 1, config.block_size, self.kv_dtype, self.device)[0]
+            compile_kernels(self.backend, own, self.dtype, cache, num_columns)
         targets = self.model.weight_targets()
         if weights is None:
             fill_dummy(targets, config.seed)
         else:
-            load_weights(targets, weights, self.model.ignores_weight, progress=True)
+            load_weights(targets, weights, self.model.ignores_weight, progress=tp.rank == 0)
         if config.quantization is not None:
             quantize_linears(self.model)
         self.model.finish_loading()
@@ -84,11 +93,12 @@ class ModelRunner:
         self._turn = 0
         use_graphs = self.on_gpu and on_triton and not config.enforce_eager
         self.graphs = StepGraphs()
-        self.kv_caches = allocate_kv_cache(model_config, 1, config.block_size, self.kv_dtype, self.device)
-        self.num_blocks = kv_cache_blocks(config, model_config, self.kv_dtype, lambda: self._profile(use_graphs))
+        self.kv_caches = allocate_kv_cache(own, 1, config.block_size, self.kv_dtype, self.device)
+        num_blocks = kv_cache_blocks(config, own, self.kv_dtype, lambda: self._profile(use_graphs))
+        self.num_blocks = tp.minimum(num_blocks, self.device)
         self.graphs = StepGraphs()
         self.kv_caches = []
-        self.kv_caches = allocate_kv_cache(model_config, self.num_blocks, config.block_size, self.kv_dtype, self.device)
+        self.kv_caches = allocate_kv_cache(own, self.num_blocks, config.block_size, self.kv_dtype, self.device)
         if use_graphs:
             self._capture(self.sizes, self.mixed_sizes)
         elif self.on_gpu:  # nothing is left to compile later

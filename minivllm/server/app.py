@@ -29,7 +29,7 @@ from minivllm.server.completions import Completion
 from minivllm.server.errors import ApiError, from_validation
 from minivllm.server.metrics import ServerMetrics
 from minivllm.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from minivllm.server.service import EventStream, ServerOptions, Service, until_disconnect
+from minivllm.server.service import EventStream, ServerOptions, Service, Work, until_disconnect
 
 PAGE = Path(__file__).with_name("page.html")
 OPEN_PATHS = ("/", "/health", "/version", "/metrics")  # need no key: they show nothing of anybody's requests
@@ -91,7 +91,7 @@ class _Endpoints:
         self._service = service
         self._llm = service.llm
 
-    def generate(self, body_class: type[BaseModel], kind: Callable[[Service, Any], Any]) -> Any:
+    def generate(self, body_class: type[BaseModel], kind: Callable[[Service, Any], Work]) -> Any:
         """The endpoint that answers bodies of this class by what `kind` makes of them."""
 
         async def endpoint(request: Request) -> Response:
@@ -99,8 +99,11 @@ class _Endpoints:
             work = kind(self._service, body)
             await work.start()
             if body.stream:  # type: ignore[attr-defined]
-                return EventStream(work.events())
-            answer = await until_disconnect(request.receive, work.answer())
+                return EventStream(work)
+            try:
+                answer = await until_disconnect(request.receive, work.answer())
+            finally:
+                await work.close()
             return Response(status_code=499) if answer is None else JSONResponse(answer)
 
         return endpoint

@@ -9,11 +9,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minivllm.async_llm import OutputStream
-from minivllm.outputs import CompletionOutput, Logprob
+from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
 from minivllm.server.errors import ApiError
 from minivllm.server.protocol import ChatBody
-from minivllm.server.service import Service, Usage, finite, new_id, prompt_logprobs_json
+from minivllm.server.service import Running, Service, Usage, finite, new_id, prompt_logprobs_json
 from minivllm.server.tool_parsers import PARSERS, ToolCall, ToolParser, guess_parser, needs_special_tokens
 
 
@@ -54,7 +53,7 @@ class ChatCompletion:
             structured_outputs=body.forced_output(),
             **others,
         )
-        self._streams: list[OutputStream] = []
+        self._running: Running | None = None
         self._choices: dict[int, Choice] = {}
 
     async def start(self) -> None:
@@ -76,12 +75,12 @@ class ChatCompletion:
             )
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from None
-        self._streams = await self._service.start([prompt], self._params, self._id, "messages")
+        self._running = await self._service.start([prompt], self._params, self._id, "messages")
 
     async def answer(self) -> dict[str, Any]:
         """The whole answer."""
         usage, choices, prompt_logprobs = Usage(), [], None
-        async for _, output in self._service.outputs(self._streams):
+        async for _, output in self._outputs():
             usage.see(output, is_first=True)
             prompt_logprobs = output.prompt_logprobs
             for completion in output.outputs:
@@ -109,7 +108,7 @@ class ChatCompletion:
         usage, is_first = Usage(), True
         options = self._body.stream_options
         with_usage = options is not None and options.include_usage
-        outputs = self._service.outputs(self._streams)
+        outputs = self._outputs()
 
         def chunk(index: int, delta: dict[str, Any], **others: Any) -> dict[str, Any]:
             choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | others
@@ -148,6 +147,15 @@ class ChatCompletion:
                 yield self._envelope("chat.completion.chunk", []) | {"usage": usage.json()}
         finally:
             await outputs.aclose()
+
+    async def close(self) -> None:
+        """To be called once it has started, however it ends."""
+        if self._running is not None:
+            await self._running.close()
+
+    def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        assert self._running is not None, "not started"
+        return self._running.outputs()
 
     def _envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {

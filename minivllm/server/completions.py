@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from minivllm.async_llm import OutputStream
 from minivllm.inputs import Prompt
 from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
 from minivllm.server.errors import ApiError
 from minivllm.server.protocol import CompletionBody
-from minivllm.server.service import Service, Usage, finite, new_id, prompt_logprobs_json
+from minivllm.server.service import Running, Service, Usage, finite, new_id, prompt_logprobs_json
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -35,19 +34,19 @@ class Completion:
             prompt_logprobs=body.logprobs if wants_prompt else body.prompt_logprobs,
         )
         self._n = self._params.n
-        self._streams: list[OutputStream] = []
+        self._running: Running | None = None
         self._offsets: dict[int, int] = {}  # by choice: characters of its text so far
 
     async def start(self) -> None:
         """Queue the request; errors show before anything of the answer is sent."""
         prompts: list[Prompt] = [self._prompt(prompt) for prompt in self._body.prompts()]
-        self._streams = await self._service.start(prompts, self._params, self._id, "prompt")
+        self._running = await self._service.start(prompts, self._params, self._id, "prompt")
 
     async def answer(self) -> dict[str, Any]:
         """The whole answer."""
         usage = Usage()
         choices: list[dict[str, Any]] = []
-        async for i, output in self._service.outputs(self._streams):
+        async for i, output in self._outputs():
             usage.see(output, is_first=True)
             for completion in output.outputs:
                 choice = self._choice(i, output, completion, is_first=True)
@@ -63,7 +62,7 @@ class Completion:
         """The chunks of a streamed answer."""
         usage, seen = Usage(), set()
         options = self._body.stream_options
-        outputs = self._service.outputs(self._streams)
+        outputs = self._outputs()
         try:
             async for i, output in outputs:
                 usage.see(output, is_first=i not in seen)
@@ -78,6 +77,15 @@ class Completion:
                 yield self._envelope([]) | {"usage": usage.json()}
         finally:
             await outputs.aclose()
+
+    async def close(self) -> None:
+        """To be called once it has started, however it ends."""
+        if self._running is not None:
+            await self._running.close()
+
+    def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        assert self._running is not None, "not started"
+        return self._running.outputs()
 
     def _envelope(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {

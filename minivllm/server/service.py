@@ -7,8 +7,9 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -64,7 +65,7 @@ class Service:
     options: ServerOptions
     metrics: ServerMetrics
     started: int = field(default_factory=lambda: int(time.time()))
-    num_starting: int = 0  # outputs of requests that the engine has not been told of yet
+    num_open: int = 0  # outputs that clients wait for
 
     def created_now(self) -> int:
         """The time in the answers, in seconds since 1970."""
@@ -79,43 +80,65 @@ class Service:
             )
         return name or names[0]
 
-    async def start(
-        self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str, param: str
-    ) -> list[OutputStream]:
+    async def start(self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str, param: str) -> Running:
         """Queue a request for each prompt.  `param`: the field that the prompts come from.  A 429 if too many wait
         already, a 400 if one of them cannot be run."""
         most = self.llm.facts.max_num_seqs + self.options.max_queued_requests
-        num_new = len(prompts) * params.n
-        if self.llm.num_unfinished + self.num_starting + num_new > most:
+        num_outputs = len(prompts) * params.n
+        if self.num_open + num_outputs > most:
             raise ApiError(
                 429, "too many requests are waiting; come back later", code="queue_full", headers={"Retry-After": "1"}
             )
+        self.num_open += num_outputs
         adding = [self.llm.add_request(prompt, params, f"{request_id}-{i}") for i, prompt in enumerate(prompts)]
-        self.num_starting += num_new
-        try:
-            started = await asyncio.gather(*adding, return_exceptions=True)
-        finally:
-            self.num_starting -= num_new
-        streams = [one for one in started if isinstance(one, OutputStream)]
+        started = await asyncio.gather(*adding, return_exceptions=True)
+        running = Running(self, [one for one in started if isinstance(one, OutputStream)], num_outputs)
         for failure in started:
             if isinstance(failure, BaseException):
-                for stream in streams:
-                    await stream.aclose()
+                await running.close()
                 if isinstance(failure, ValueError):
                     raise ApiError(400, str(failure), param) from None
                 raise failure
-        return streams
+        return running
 
-    async def outputs(self, streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """(number of the prompt, output) of all streams as they come.  Closing it aborts what is unfinished."""
-        watches = [self.metrics.watch(stream) for stream in streams]
-        try:
-            async for i, output in _merged(streams):
-                watches[i].see(output)
-                yield i, output
-        finally:
-            for stream in streams:
-                await stream.aclose()
+
+class Running:
+    """The requests of one body, from their start until `close`, which aborts what is unfinished."""
+
+    def __init__(self, service: Service, streams: Sequence[OutputStream], num_outputs: int) -> None:
+        self._service = service
+        self._streams = streams
+        self._num_outputs = num_outputs
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """(number of the prompt, output) of all requests as they come."""
+        watches = [self._service.metrics.watch(stream) for stream in self._streams]
+        async for i, output in _merged(self._streams):
+            watches[i].see(output)
+            yield i, output
+
+    async def close(self) -> None:
+        """The answer has been given, or nobody wants it."""
+        self._service.num_open -= self._num_outputs
+        self._num_outputs = 0
+        for stream in self._streams:
+            await stream.aclose()
+
+
+class Work(Protocol):
+    """One request on its way to an answer."""
+
+    async def start(self) -> None:
+        """Queue it; errors show before anything of the answer is sent."""
+
+    async def answer(self) -> dict[str, Any]:
+        """The whole answer."""
+
+    def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer."""
+
+    async def close(self) -> None:
+        """To be called once it has started, however it ends."""
 
 
 async def _merged(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -160,25 +183,26 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Any]) -> 
 class EventStream(Response):
     """Server-sent events: a JSON object each, and [DONE]."""
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+    def __init__(self, work: Work) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["content-length"]
-        self._events = events
+        self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await until_disconnect(receive, self._write(send))
         finally:
-            await self._events.aclose()
+            await self._work.close()
 
     async def _write(self, send: Send) -> None:
         def event(content: str) -> Message:
             return {"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": True}
 
         try:
-            async for content in self._events:
-                await send(event(json.dumps(content, ensure_ascii=False, separators=(",", ":"))))
+            async with aclosing(self._work.events()) as events:
+                async for content in events:
+                    await send(event(json.dumps(content, ensure_ascii=False, separators=(",", ":"))))
         except (EngineDeadError, ApiError) as error:  # the status has been sent already
             failure = error if isinstance(error, ApiError) else ApiError(500, str(error))
             await send(event(json.dumps(failure.body())))

@@ -1,0 +1,104 @@
+"""A worker of tensor parallelism: a process with a share of the model, which runs the steps that the executor sends.
+
+It reads order forms and answers "done" with a step's result (the first worker alone) or "failed" with what went wrong.
+It ends when the executor closes the connection, or is gone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import queue
+import signal
+import threading
+import traceback
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minivllm.config import EngineConfig
+from minivllm.parallel import TensorParallel
+from minivllm.runner.model_runner import ModelRunner
+from minivllm.runner.pending_step import PendingStep
+
+START_SECONDS = 600  # a worker may load its share of the weights later than another
+
+
+class Worker:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[PendingStep] = queue.SimpleQueue()
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def run(self) -> None:
+        """Make the runner, and run steps until the process is ended."""
+        try:
+            config, model_config, weights, rank, port = self._orders.get()
+            config = _placed(config, rank)
+            tp = _join(config, rank, port)
+            runner = ModelRunner(config, model_config, weights, tp)
+            self._connection.send(("done", runner.num_blocks))
+            if rank == 0:
+                threading.Thread(target=self._answer, daemon=True).start()
+            while True:
+                pending = runner.execute(self._orders.get())
+                if rank == 0:
+                    self._pending.put(pending)
+        except BaseException as error:
+            self._say_failed(error)
+
+    def _answer(self) -> None:
+        """Wait for steps, on a thread, while the next are launched already."""
+        try:
+            while True:
+                self._connection.send(("done", self._pending.get().wait()))
+        except BaseException as error:
+            self._say_failed(error)
+
+    def _say_failed(self, error: BaseException) -> None:
+        told = error if isinstance(error, (ValueError, OSError, torch.OutOfMemoryError)) else None
+        try:
+            self._connection.send(("failed", (told, traceback.format_exc())))
+        finally:
+            threading.Event().wait()  # until the executor, which has to read that, ends this process
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._orders.put(self._connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+
+def main(file_descriptor: int) -> None:
+    """What the process runs."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the executor, which ends this process when it is done
+        signal.signal(number, signal.SIG_IGN)
+    Worker(Connection(file_descriptor)).run()
+
+
+def _placed(config: EngineConfig, rank: int) -> EngineConfig:
+    """The config with the worker's own device."""
+    if config.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.tensor_parallel_size))
+        return config
+    index = int(config.device.partition(":")[2]) + rank
+    torch.cuda.set_device(index)
+    return replace(config, device=f"cuda:{index}")
+
+
+def _join(config: EngineConfig, rank: int, port: int) -> TensorParallel:
+    """Meet the other workers at the executor's store."""
+    size = config.tensor_parallel_size
+    seconds = datetime.timedelta(seconds=START_SECONDS)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=seconds)
+    on_gpu = config.device != "cpu"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=seconds,
+        device_id=torch.device(config.device) if on_gpu else None,
+    )  # fmt: skip
+    return TensorParallel(rank, size)

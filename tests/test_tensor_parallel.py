@@ -1,0 +1,222 @@
+"""Tensor parallelism, on CPUs: the tokens of one worker, and nothing left behind when a worker is lost."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from minivllm import LLM, SamplingParams
+from minivllm.async_llm import AsyncLLM, EngineDeadError
+from minivllm.loading.weights import fill_dummy, load_weights
+from minivllm.parallel import Parts, Share, TensorParallel
+from minivllm.runner.executor import WorkerError
+
+PROMPTS = [[1 + i, 2, 3 + 2 * i, 4] * (2 + 3 * (i % 4)) for i in range(9)]
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+OPTIONS = dict(device="cpu", skip_tokenizer_init=True, block_size=16)
+NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
+
+
+def tokens(outputs):
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+def pids(llm):
+    return [process.pid for process in llm._executor._processes]
+
+
+def are_gone(processes, seconds=5.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        alive = []
+        for pid in processes:
+            try:
+                with open(f"/proc/{pid}/stat") as file:
+                    if file.read().rsplit(")")[1].split()[0] != "Z":
+                        alive.append(pid)
+            except FileNotFoundError:
+                pass
+        if not alive:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# Of the tiny checkpoints: 4 query heads, and as many, 2 or 1 KV heads, so that some are cut and some are shared.
+@pytest.mark.parametrize(
+    ("name", "size"), [("mha", 2), ("gqa-tied", 4), ("bias", 2), ("phi3-longrope", 2), ("gemma3", 2), ("qwen3", 4)]
+)
+def test_same_tokens(tiny, greedy, name, size):
+    folder = tiny(name)
+    expected = greedy(folder, PROMPTS, 20)
+    with LLM(folder, tensor_parallel_size=size, **OPTIONS) as llm:
+        assert [row[0] for row in tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))] == expected
+        again = llm.generate(PROMPTS, GREEDY, use_tqdm=False)  # out of the prefix cache
+        assert [row[0] for row in tokens(again)] == expected and any(output.num_cached_tokens for output in again)
+
+
+def test_same_tokens_with_everything_on(tiny):
+    """Sampling, penalties, logprobs, n, chunks, preemption, drafts: with two workers as with one."""
+    params = [
+        SamplingParams(temperature=1.2, seed=5, top_k=20, top_p=0.9, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=0, repetition_penalty=1.3, logprobs=3, prompt_logprobs=1, max_tokens=30),
+        SamplingParams(temperature=0.7, seed=2, n=2, max_tokens=20, logit_bias={3: 5.0}),
+        SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, allowed_token_ids=[3, 5, 62]),
+    ]
+    prompts = PROMPTS[:8]
+    options = OPTIONS | dict(max_num_batched_tokens=24, max_num_seqs=6, speculative_config=NGRAM)
+    found = []
+    for size in (1, 2):
+        per_block = 2 * 3 * 16 * 2 * 16 * 4 // size  # of K and V, 3 layers, 2 heads of 16
+        with LLM(tiny("gqa-tied"), tensor_parallel_size=size, kv_cache_memory_bytes=12 * per_block, **options) as llm:
+            outputs = llm.generate(prompts, params * 2, use_tqdm=False)
+            stats = llm.engine.scheduler.stats
+            assert llm.engine.scheduler.block_manager.num_blocks == 12
+            assert stats.num_preemptions > 0 and stats.num_accepted_tokens > 0
+            llm.engine.scheduler.check_integrity()
+            found.append(outputs)
+    assert tokens(found[0]) == tokens(found[1])
+    for one, two in zip(*found, strict=True):
+        first, second = one.outputs[0].cumulative_logprob, two.outputs[0].cumulative_logprob
+        assert first == pytest.approx(second, abs=1e-3)
+
+
+def test_gguf_and_dummy_weights(embedded, tmp_path):
+    """Sources other than safetensors reach the workers; the embedded model has 3 KV heads."""
+    with LLM(embedded, device="cpu", tensor_parallel_size=3, max_model_len=128, kv_cache_memory_bytes=1 << 26) as llm:
+        text = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+        assert "Paris" in text[0].outputs[0].text
+    with LLM(embedded, device="cpu", tensor_parallel_size=3, max_model_len=128, load_format="dummy") as llm:
+        assert len(llm.generate("Hi", GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 20
+
+
+def test_what_cannot_be_cut_is_refused(tiny):
+    for size, message in ((3, "attention heads"), (8, "attention heads")):
+        with pytest.raises(ValueError, match=rf"tensor_parallel_size \({size}\) must divide the model's {message}"):
+            LLM(tiny("mha"), tensor_parallel_size=size, **OPTIONS)
+    with pytest.raises(ValueError, match="no memory is left for the KV cache"):
+        LLM(tiny("mha"), tensor_parallel_size=2, kv_cache_memory_bytes=1, **OPTIONS)
+
+
+def test_shares():
+    assert [Share(i, 3).of(9, start=2) for i in range(3)] == [slice(2, 5), slice(5, 8), slice(8, 11)]
+    assert [TensorParallel(rank, 4).kv_share(2) for rank in range(4)] == [
+        Share(0, 2),
+        Share(0, 2),
+        Share(1, 2),
+        Share(1, 2),
+    ]
+    assert [list(TensorParallel(rank, 3).vocab_range(7)) for rank in range(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [len(TensorParallel(rank, 4).vocab_range(5)) for rank in range(4)] == [2, 2, 1, 0]
+
+
+class Source:
+    def shapes(self):
+        return {"w": (4, 6)}
+
+    def tensors(self):
+        yield "w", torch.arange(24.0).view(4, 6)
+
+
+def test_parts_of_a_tensor():
+    left, low = torch.zeros(4, 2), torch.zeros(1, 6)
+    columns, rows = (slice(None), slice(2, 4)), (slice(3, 4), slice(None))
+    load_weights({"w": Parts((4, 6), ((columns, left), (rows, low)))}, Source())
+    assert left[1].tolist() == [8, 9] and low[0].tolist() == [18, 19, 20, 21, 22, 23]
+    with pytest.raises(ValueError, match=r"\[4, 6\] in the checkpoint and \[4, 5\] in the model"):
+        load_weights({"w": Parts((4, 5), ())}, Source())
+    first, second = torch.zeros(3, 2), torch.zeros(3, 2)
+    fill_dummy({"a": first}, 1)
+    fill_dummy({"b": torch.zeros(5), "a": Parts((6, 2), ((columns, second),))}, 1)
+    assert not torch.equal(first, torch.zeros(3, 2)), "drawn"
+
+
+def fail(token_ids, logits):
+    """A logits processor that fails in the second worker, once a few tokens are there."""
+    if dist.get_rank() == 1 and len(token_ids) == 3:
+        raise RuntimeError("a mishap in the second worker")
+    return logits
+
+
+def sleep(token_ids, logits):
+    if dist.get_rank() == 1 and len(token_ids) == 3:
+        time.sleep(60)
+    return logits
+
+
+def die(token_ids, logits):
+    if dist.get_rank() == 1 and len(token_ids) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("function", "message", "seconds"),
+    [
+        (fail, "a mishap in the second worker", 5),
+        (sleep, "no worker has answered for 2 s", 6),
+        (die, "worker 1 has ended with status -9", 5),
+    ],
+)
+def test_a_lost_worker_is_an_error_within_seconds(tiny, function, message, seconds):
+    with LLM(tiny("mha"), tensor_parallel_size=2, distributed_timeout_seconds=2, **OPTIONS) as llm:
+        processes = pids(llm)
+        params = SamplingParams(max_tokens=10, ignore_eos=True, logits_processors=[function])
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        start = time.monotonic()
+        with pytest.raises(WorkerError, match=message):
+            llm.generate(PROMPTS, params, use_tqdm=False)
+        assert time.monotonic() - start < seconds
+        assert are_gone(processes)
+        with pytest.raises(WorkerError):
+            llm.generate([1], GREEDY, use_tqdm=False)
+
+
+def test_every_waiting_caller_hears_of_it_and_engines_do_not_disturb_each_other(tiny):
+    async def last(outputs):
+        async for output in outputs:
+            final = output
+        return final
+
+    options = OPTIONS | dict(tensor_parallel_size=2)
+    with AsyncLLM(tiny("mha"), **options) as llm, LLM(tiny("gqa-tied"), **options) as other:
+
+        async def run():
+            long = SamplingParams(max_tokens=200, ignore_eos=True)
+            waiting = [asyncio.ensure_future(last(llm.generate(prompt, long))) for prompt in PROMPTS]
+            await asyncio.sleep(0.3)
+            children = subprocess.run(["pgrep", "-P", str(llm._process.pid)], capture_output=True, text=True).stdout
+            workers = [int(pid) for pid in children.split()]
+            assert len(workers) == 2
+            os.kill(workers[1], signal.SIGKILL)
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(result, EngineDeadError) for result in results)
+            assert "worker 1 has ended with status -9" in str(results[0])
+            assert are_gone(workers)
+
+        asyncio.run(run())
+        assert len(tokens(other.generate(PROMPTS, GREEDY, use_tqdm=False))) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_outlives_its_engine(tiny, number):
+    code = f"""
+from minivllm import LLM, SamplingParams
+llm = LLM({tiny("mha")!r}, tensor_parallel_size=2, **{OPTIONS!r})
+print(*[process.pid for process in llm._executor._processes], flush=True)
+while True:
+    llm.generate([[1, 2, 3]] * 4, SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as p:
+        workers = [int(pid) for pid in p.stdout.readline().split()]
+        time.sleep(0.3)
+        p.send_signal(number)
+    assert len(workers) == 2 and are_gone(workers)
