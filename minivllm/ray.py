@@ -1,0 +1,171 @@
+"""Batch inference on a Ray cluster: a file of prompts in, the same rows with answers out.
+
+Ray Data hands chunks of rows to a pool of actors, each with an engine of its own, and runs a chunk again elsewhere when
+an actor or its node is lost.  An actor writes the answers of a chunk to a file (`batch_job.py`): so no row is lost or
+answered twice, and a job that is started again goes on with the chunks that have no file yet.  At the end the files are
+put together in the order of the rows.
+
+All nodes must see the paths, on a shared file system for instance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minivllm.async_llm import AsyncLLM, EngineDeadError
+from minivllm.batch_job import ANSWER_FIELDS, Job, Rows
+from minivllm.outputs import RequestOutput
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+CHUNKS_AT_ONCE = 2  # of an actor: the next one fills the batch while the last rows of one come to their end
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a call of `generate` did."""
+
+    num_rows: int  # of the input
+    num_answered_rows: int  # by this call; the others had been before
+    num_failed_rows: int  # of those, with an `error` in place of an answer
+
+
+def generate(
+    input_path: str | os.PathLike[str],
+    output_path: str | os.PathLike[str],
+    model: str | None = None,
+    *,
+    sampling_params: Mapping[str, Any] | None = None,
+    concurrency: int | tuple[int, int] = 1,
+    chunk_size: int = 64,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    show_progress: bool = True,
+    **engine_arguments: Any,
+) -> Summary:
+    """Answer every row of a .jsonl or .parquet file; a file of that kind comes out, with the same rows in their order.
+
+    A row has "prompt" (text), "prompt_token_ids" or "messages" (a conversation), and may have "sampling_params", which
+    go over those given here.  It comes back with "generated_text", "finish_reason", "num_prompt_tokens",
+    "num_generated_tokens" and "error": why it could not be answered, else null.
+
+    sampling_params: options of SamplingParams; what is not given is the model's default.
+    concurrency: engines, or the fewest and the most for Ray to choose from.
+    chunk_size: rows that are computed again if an actor is lost.
+    num_cpus, num_gpus: of each engine; default: tensor_parallel_size GPUs where the cluster has any, else one CPU.
+    engine_arguments: those of AsyncLLM.
+
+    Raises ValueError for wrong options, for an input that changed since the answers so far, and RuntimeError if an
+    engine cannot be started.
+    """
+    import ray
+
+    source, target = Path(input_path).absolute(), Path(output_path).absolute()
+    rows = Rows.open(source)
+    if target.suffix != source.suffix:
+        raise ValueError(f"output_path must end in {source.suffix} as the input does, got {target.name!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    given = dict(sampling_params or {})
+    SamplingParams(**given)  # mistakes show before anything is started
+    job = Job.make(rows, target, model, given, chunk_size, engine_arguments)
+    if job.is_finished():
+        return Summary(rows.count, 0, 0)
+    missing = job.missing_chunks()
+    num_answered = num_failed = 0
+    if missing:
+        if not ray.is_initialized():
+            ray.init()
+        if num_gpus is None and num_cpus is None:
+            num_gpus = float(engine_arguments.get("tensor_parallel_size", 1)) if _has_gpus(ray) else None
+        size = (
+            dict(size=concurrency)
+            if isinstance(concurrency, int)
+            else dict(zip(("min_size", "max_size"), concurrency, strict=True))
+        )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        chunks = ray.data.from_items([{"chunk": chunk} for chunk in missing], override_num_blocks=len(missing))
+        answered = chunks.map_batches(
+            _Engine,
+            batch_size=1,
+            fn_constructor_args=(job, model, engine_arguments),
+            compute=ray.data.ActorPoolStrategy(
+                **size, max_tasks_in_flight_per_actor=CHUNKS_AT_ONCE, enable_true_multi_threading=True
+            ),
+            num_cpus=num_cpus or (None if num_gpus else 1),
+            num_gpus=num_gpus,
+            max_concurrency=CHUNKS_AT_ONCE,
+        )
+        done = rows.count - sum(len(job.rows_of(chunk)) for chunk in missing)
+        with tqdm(total=rows.count, initial=done, unit="row", desc="Answered", disable=not show_progress) as bar:
+            for row in answered.iter_rows():
+                num_answered += row["num_rows"]
+                num_failed += row["num_failed"]
+                bar.update(row["num_rows"])
+    job.put_together()
+    return Summary(rows.count, num_answered, num_failed)
+
+
+def _has_gpus(ray: Any) -> bool:
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+class _Engine:
+    """What an actor runs: an engine, and the chunks that Ray Data gives it, several at once."""
+
+    def __init__(self, job: Job, model: str | None, engine_arguments: dict[str, Any]) -> None:
+        self._job = job
+        self._llm = AsyncLLM(model, **engine_arguments)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        [chunk] = batch["chunk"]
+        if not self._job.has(int(chunk)):  # a chunk whose actor was lost may have been written all the same
+            answering = self._answer_chunk(int(chunk))
+            try:
+                asyncio.run_coroutine_threadsafe(answering, self._loop).result()
+            except EngineDeadError:
+                os._exit(1)  # a new actor takes over
+        answers = self._job.read(int(chunk))
+        return {"num_rows": [len(answers)], "num_failed": [sum(row["error"] is not None for row in answers)]}
+
+    async def _answer_chunk(self, chunk: int) -> None:
+        answers = await asyncio.gather(*(self._answer(row) for row in self._job.rows_of(chunk)))
+        self._job.write(chunk, answers)
+
+    async def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
+        answer = row | dict.fromkeys(ANSWER_FIELDS)
+        try:
+            options = (
+                self._llm.inputs.default_options() | self._job.sampling_params | (row.get("sampling_params") or {})
+            )
+            params = SamplingParams(**options, output_kind=RequestOutputKind.FINAL_ONLY)
+            output: RequestOutput
+            async for output in self._llm.generate(self._prompt(row), params):
+                completion = output.outputs[0]
+                answer |= {
+                    "generated_text": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "num_prompt_tokens": len(output.prompt_token_ids),
+                    "num_generated_tokens": len(completion.token_ids),
+                }
+        except (ValueError, TypeError) as error:
+            answer["error"] = str(error)
+        return answer
+
+    def _prompt(self, row: dict[str, Any]) -> Any:
+        if row.get("messages") is not None:
+            return self._llm.inputs.preprocess_chat(row["messages"])
+        if row.get("prompt_token_ids") is not None:
+            return {"prompt_token_ids": list(row["prompt_token_ids"])}
+        if row.get("prompt") is None:
+            raise ValueError("the row has no prompt, prompt_token_ids or messages")
+        return row["prompt"]

@@ -1,0 +1,157 @@
+"""Batch inference on Ray: every row answered once, whatever dies on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+from minivllm import LLM, SamplingParams
+from minivllm.batch_job import Job, Rows
+
+ENGINE = dict(device="cpu", max_model_len=256, max_num_seqs=32, block_size=16, kv_cache_memory_bytes=1 << 27)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_are_read_from_anywhere(tmp_path):
+    rows = [{"id": i, "prompt": "é" * (i % 5)} for i in range(300)]
+    found = Rows.open(write_rows(tmp_path / "in.jsonl", rows))
+    assert found.count == 300
+    for begin, end in ((0, 3), (63, 65), (128, 300), (299, 300)):
+        assert found.read(begin, end) == rows[begin:end]
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet", row_group_size=70)
+    found = Rows.open(tmp_path / "in.parquet")
+    for begin, end in ((0, 3), (69, 71), (128, 300), (299, 300)):
+        assert found.read(begin, end) == rows[begin:end]
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n[1]\n')
+    with pytest.raises(ValueError, match="line 2: not a JSON object"):
+        Rows.open(tmp_path / "bad.jsonl").read(0, 2)
+    with pytest.raises(ValueError, match="must be a .jsonl or .parquet file"):
+        Rows.open(tmp_path / "in.csv")
+
+
+def test_a_job_goes_on_where_it_was(tmp_path):
+    rows = Rows.open(write_rows(tmp_path / "in.jsonl", [{"id": i} for i in range(10)]))
+
+    def make(chunk_size=4):
+        return Job.make(rows, tmp_path / "out.jsonl", None, {}, chunk_size, {})
+
+    job = make()
+    assert job.missing_chunks() == [0, 1, 2] and [len(job.rows_of(chunk)) for chunk in range(3)] == [4, 4, 2]
+    job.write(1, [{"id": i, "error": None} for i in range(4, 8)])
+    assert make().missing_chunks() == [0, 2]
+    with pytest.raises(ValueError, match="belongs to another input, model or options"):
+        make(chunk_size=5)
+    for chunk in (0, 2):
+        job.write(chunk, [row | {"error": None} for row in job.rows_of(chunk)])
+    job.put_together()
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == list(range(10))
+    assert make().is_finished() and not job.folder.exists()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of two nodes on this machine."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    cluster.second = cluster.add_node(num_cpus=1)
+    ray.init(cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def engines():
+    """Process ids of the engines' parents: the actors."""
+    found = subprocess.run(["pgrep", "-f", "minivllm.engine_process"], capture_output=True, text=True).stdout.split()
+    parents = [
+        subprocess.run(["ps", "-o", "ppid=", pid], capture_output=True, text=True).stdout.strip() for pid in found
+    ]
+    return [int(pid) for pid in parents if pid]
+
+
+def test_every_row_once_while_an_actor_and_a_node_die(cluster, embedded, tmp_path):
+    from minivllm import ray as batch
+
+    rows = [{"id": i, "prompt": f"Number {i % 50}:"} for i in range(498)]
+    rows += [{"id": 498, "messages": [{"role": "user", "content": "Hi"}]}, {"id": 499, "nothing": True}]
+    source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+
+    def call():
+        return batch.generate(
+            source, target, embedded, sampling_params=dict(temperature=0, max_tokens=4, ignore_eos=True),
+            concurrency=(1, 2), chunk_size=20, num_cpus=1, show_progress=False, **ENGINE,
+        )  # fmt: skip
+
+    killed = []
+
+    def disturb():
+        parts = target.with_name("out.jsonl.parts")
+        while len(list(parts.glob("*.jsonl"))) < 4:
+            time.sleep(0.05)
+        actor = engines()[0]
+        os.kill(actor, signal.SIGKILL)
+        killed.append(actor)
+        count = len(list(parts.glob("*.jsonl")))
+        while len(list(parts.glob("*.jsonl"))) < count + 4:
+            time.sleep(0.05)
+        cluster.remove_node(cluster.second, allow_graceful=False)
+        killed.append("node")
+
+    threading.Thread(target=disturb, daemon=True).start()
+    summary = call()
+    assert summary == batch.Summary(500, 500, 1) and len(killed) == 2
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [row["id"] for row in found] == list(range(500))
+    assert "no prompt" in found[499]["error"] and found[499]["generated_text"] is None
+    assert all(row["error"] is None and row["num_generated_tokens"] == 4 for row in found[:499])
+    with LLM(embedded, **ENGINE) as llm:
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        expected = llm.generate([row["prompt"] for row in rows[:50]], params, use_tqdm=False)
+    assert [row["generated_text"] for row in found[:50]] == [output.outputs[0].text for output in expected]
+    start = time.monotonic()
+    assert call() == batch.Summary(500, 0, 0) and time.monotonic() - start < 2, "a second start does no work"
+    with pytest.raises(ValueError, match="belongs to another input"):
+        batch.generate(source, target, embedded, sampling_params=dict(max_tokens=5), chunk_size=20, **ENGINE)
+
+
+def test_parquet(cluster, embedded, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    from minivllm import ray as batch
+
+    table = pyarrow.table({"id": [1, 2, 3], "prompt": ["One", "Two", None], "weight": [0.5, None, 2.0]})
+    parquet.write_table(table, tmp_path / "in.parquet")
+    summary = batch.generate(
+        tmp_path / "in.parquet", tmp_path / "out.parquet", embedded, sampling_params=dict(max_tokens=3), num_cpus=1,
+        show_progress=False, **ENGINE,
+    )  # fmt: skip
+    assert summary == batch.Summary(3, 3, 1)
+    found = parquet.read_table(tmp_path / "out.parquet")
+    assert found.select(["id", "prompt", "weight"]).equals(table)
+    assert found["num_generated_tokens"].to_pylist()[2] is None and found["generated_text"].null_count == 1
+
+
+def test_mistakes(tmp_path):
+    pytest.importorskip("ray")
+    from minivllm import ray as batch
+
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}])
+    with pytest.raises(ValueError, match="output_path must end in .jsonl"):
+        batch.generate(source, tmp_path / "out.parquet")
+    with pytest.raises(ValueError, match="temperature must be"):
+        batch.generate(source, tmp_path / "out.jsonl", sampling_params=dict(temperature=-1))
+    with pytest.raises(FileNotFoundError):
+        batch.generate(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="is there already"):
+        batch.generate(source, tmp_path / "out.jsonl")
