@@ -172,6 +172,19 @@ def greedy(hugging_face):
     return lambda folder, prompts, num_tokens: generate(folder, tuple(map(tuple, prompts)), num_tokens)
 
 
+def ray_engines():
+    """Of the engines in Ray's actors: (the actor's process id, the engine's)."""
+    import subprocess
+
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    processes = {int(pid): (int(parent), args) for pid, parent, args in (line.split(None, 2) for line in lines)}
+    return [
+        (parent, pid)
+        for pid, (parent, args) in processes.items()
+        if "minivllm.engine_process" in args and processes.get(parent, (0, ""))[1].startswith("ray::")
+    ]
+
+
 class RunningServer:
     """The server in this process, on a thread of its own, so that a test can look into its engine."""
 

@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 
 import pytest
+from conftest import ray_engines
 
 from minivllm import LLM, SamplingParams
 from minivllm.batch_job import Job, Rows
@@ -71,15 +71,6 @@ def cluster():
     cluster.shutdown()
 
 
-def engines():
-    """Process ids of the engines' parents: the actors."""
-    found = subprocess.run(["pgrep", "-f", "minivllm.engine_process"], capture_output=True, text=True).stdout.split()
-    parents = [
-        subprocess.run(["ps", "-o", "ppid=", pid], capture_output=True, text=True).stdout.strip() for pid in found
-    ]
-    return [int(pid) for pid in parents if pid]
-
-
 def test_every_row_once_while_an_actor_and_a_node_die(cluster, embedded, tmp_path):
     from minivllm import ray as batch
 
@@ -99,7 +90,7 @@ def test_every_row_once_while_an_actor_and_a_node_die(cluster, embedded, tmp_pat
         parts = target.with_name("out.jsonl.parts")
         while len(list(parts.glob("*.jsonl"))) < 4:
             time.sleep(0.05)
-        actor = engines()[0]
+        actor = ray_engines()[0][0]
         os.kill(actor, signal.SIGKILL)
         killed.append(actor)
         count = len(list(parts.glob("*.jsonl")))
