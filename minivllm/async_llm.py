@@ -209,6 +209,12 @@ class AsyncLLM:
         params = SamplingParams(**self.inputs.default_options()) if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
+        for function in params.logits_processors or ():
+            if getattr(function, "__module__", "__main__") == "__main__":
+                raise ValueError(
+                    f"logits_processors: {function!r} must be of a module that the engine's process can import, not of "
+                    "the script itself"
+                )
         final = params.output_kind == RequestOutputKind.FINAL_ONLY
         kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
         token_ids, sent, text = await loop.run_in_executor(self._tokenizing, self.inputs.check, prompt, params, kind)

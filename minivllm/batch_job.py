@@ -106,6 +106,8 @@ class Job:
         what = [str(rows.path), stat.st_size, stat.st_mtime_ns, model, sampling_params, chunk_size, engine_arguments]
         identity = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
         job = cls(rows, target, sampling_params, chunk_size, identity)
+        if not target.exists() and not job.folder.exists():
+            job.finished_mark.unlink(missing_ok=True)
         for known in (job.folder / "job", job.finished_mark):
             if known.exists() and known.read_text() != identity:
                 raise ValueError(
@@ -149,7 +151,7 @@ class Job:
 
     def write(self, chunk: int, answers: list[dict[str, Any]]) -> None:
         """All of them or nothing."""
-        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        lines = "".join(json.dumps(answer, default=str) + "\n" for answer in answers)
         write_at_once(self._part(chunk), lambda path: path.write_text(lines, encoding="utf-8"))
 
     def put_together(self) -> None:
@@ -179,7 +181,9 @@ class Job:
         schema = pyarrow.schema([*(field for field in own if field.name not in ANSWER_FIELDS), *answers])
         with pyarrow.parquet.ParquetWriter(path, schema) as writer:
             for chunk in range(self.num_chunks):
-                writer.write_table(pyarrow.Table.from_pylist(self.read(chunk), schema))
+                pairs = zip(self.rows_of(chunk), self.read(chunk), strict=True)  # the rows as they were, not as JSON
+                merged = [row | {name: answer[name] for name in ANSWER_FIELDS} for row, answer in pairs]
+                writer.write_table(pyarrow.Table.from_pylist(merged, schema))
 
     def _part(self, chunk: int) -> Path:
         return self.folder / f"{chunk:08d}.jsonl"

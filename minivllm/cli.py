@@ -105,6 +105,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="that wait beyond those that run; more get status 429 (%(default)s)")  # fmt: skip
     add("--max-body-mib", type=int, default=32, metavar="N", help="largest request body (%(default)s)")
     add("--tool-call-parser", metavar="NAME", help="how the model writes tool calls; default: by its chat template")
+    add(
+        "--trust-request-chat-template", action="store_true", help="take chat templates from clients, who may be anyone"
+    )
     add("--allowed-origins", type=json.loads, default=[], metavar="JSON", help="of web pages that may call: a list")
     add("--grace-period", type=int, default=30, metavar="SECONDS",
         help="that running requests have after SIGTERM (%(default)s)")  # fmt: skip
@@ -123,9 +126,11 @@ def _serve(args: argparse.Namespace) -> None:
         raise ValueError(f"--tool-call-parser must be one of {', '.join(PARSERS)}; got {args.tool_call_parser!r}")
     if not isinstance(args.allowed_origins, list):
         raise ValueError("--allowed-origins must be a JSON list of origins")
-    for name in ("max_queued_requests", "grace_period"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative")
+    for name, least in (("max_queued_requests", 0), ("grace_period", 0), ("max_body_mib", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if "" in args.api_key:
+        raise ValueError("--api-key must not be empty")
     listener = bind(args.host, args.port)
     from minivllm.async_llm import AsyncLLM
 
@@ -140,6 +145,7 @@ def _serve(args: argparse.Namespace) -> None:
             max_body_bytes=args.max_body_mib << 20,
             tool_call_parser=args.tool_call_parser,
             allowed_origins=args.allowed_origins,
+            trust_request_chat_template=args.trust_request_chat_template,
         ),
         args.grace_period,
         args.access_log,

@@ -106,8 +106,8 @@ class EngineLoop:
             wrong = None
             try:
                 self._engine.add_request(request_id, token_ids, params, prompt)
-            except ValueError as error:
-                wrong = str(error)
+            except Exception as error:  # whatever a tokenizer or a grammar comes to: the others go on
+                wrong = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             self._messages.put(("added", request_id, wrong))
         elif word == "abort":
             self._report(self._engine.abort_requests(*arguments))
@@ -132,7 +132,11 @@ class EngineLoop:
             while True:
                 self._commands.put(self._connection.recv())
         except (EOFError, OSError):
+            self._engine.executor.shutdown()  # workers end with it
             os._exit(0)  # the parent is gone, or wants no more
+        except Exception:  # what was sent cannot be read here: a function of the caller's script, say
+            self._messages.put(("dead", traceback.format_exc()))
+            self._messages.put(None)
 
     def _send(self) -> None:
         try:

@@ -95,7 +95,7 @@ def prefix_key(content: bytes) -> str:
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             prompt = prompt[0]  # the prompts of one body stay together
         return json.dumps(prompt[:HEAD_TOKENS] if isinstance(prompt, list) else prompt)[:HEAD_CHARACTERS]
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return ""  # the application will say what is wrong with it
 
 
@@ -143,7 +143,7 @@ class Engine:
     async def __call__(self, key: str, scope: dict[str, Any], content: bytes) -> AsyncGenerator[Message, None]:
         """Run the application on one request; yields its ASGI messages.  `key` is for the router."""
         received = iter([{"type": "http.request", "body": content, "more_body": False}])
-        sent: asyncio.Queue[Message | None] = asyncio.Queue(maxsize=16)
+        sent: asyncio.Queue[Message | None] = asyncio.Queue()
 
         async def receive() -> Message:
             for message in received:
@@ -155,7 +155,7 @@ class Engine:
             try:
                 await self._app(scope, receive, sent.put)  # type: ignore[arg-type]
             finally:
-                await sent.put(None)
+                sent.put_nowait(None)
 
         task = asyncio.ensure_future(run())
         try:

@@ -1,5 +1,6 @@
 """Batch inference on Ray: every row answered once, whatever dies on the way."""
 
+import datetime
 import json
 import os
 import signal
@@ -120,7 +121,9 @@ def test_parquet(cluster, embedded, tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     from minivllm import ray as batch
 
-    table = pyarrow.table({"id": [1, 2, 3], "prompt": ["One", "Two", None], "weight": [0.5, None, 2.0]})
+    when = [datetime.datetime(2026, 11, day) for day in (1, 2, 3)]
+    columns = {"id": [1, 2, 3], "prompt": ["One", "Two \u00e9", None], "weight": [0.5, None, 2.0], "when": when}
+    table = pyarrow.table(columns)
     parquet.write_table(table, tmp_path / "in.parquet")
     summary = batch.generate(
         tmp_path / "in.parquet", tmp_path / "out.parquet", embedded, sampling_params=dict(max_tokens=3), num_cpus=1,
@@ -128,7 +131,7 @@ def test_parquet(cluster, embedded, tmp_path):
     )  # fmt: skip
     assert summary == batch.Summary(3, 3, 1)
     found = parquet.read_table(tmp_path / "out.parquet")
-    assert found.select(["id", "prompt", "weight"]).equals(table)
+    assert found.select(list(columns)).equals(table)
     assert found["num_generated_tokens"].to_pylist()[2] is None and found["generated_text"].null_count == 1
 
 

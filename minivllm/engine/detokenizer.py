@@ -23,9 +23,10 @@ class Detokenizer:
         self._params = params
         self._num_searched = 0  # characters in which there is no stop string
         self._tokenizer = tokenizer
-        first = max(0, len(prompt_token_ids) - NUM_CONTEXT_TOKENS)
-        while first > 0 and self._decode(prompt_token_ids[first:]).startswith("\ufffd"):
-            first -= 1  # the context must not begin inside a character
+        first = last = max(0, len(prompt_token_ids) - NUM_CONTEXT_TOKENS)
+        # The context must not begin inside a character, which has four bytes at most.
+        while first > max(0, last - 3) and self._decode(prompt_token_ids[first:]).startswith("\ufffd"):
+            first -= 1
         self._token_ids = list(prompt_token_ids[first:])
         self._start = 0  # the tokens before it are not decoded again; a character never straddles it
         self._done = len(self._token_ids)  # tokens whose text is out (or is the prompt's)

@@ -96,6 +96,8 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(params, name)
             most = self.config.max_logprobs
+            if number is not None and number > vocab_size:
+                raise ValueError(f"{name} asks for {number}, and the vocabulary has {vocab_size} tokens")
             if number is not None and most >= 0 and (number > most or number == -1):
                 asked = "all (-1)" if number == -1 else number
                 raise ValueError(f"{name} asks for {asked}, more than max_logprobs ({most}); raise that (-1: no limit)")
@@ -136,9 +138,9 @@ class Engine:
                     drafter=NgramDrafter(self._ngram) if self._ngram and params.can_be_drafted else None,
                 )
             )
+        self._outputs.add(request_id, prompt, params, requests)
         for request in requests:
             self.scheduler.add(request)
-        self._outputs.add(request_id, prompt, params, requests)
 
     def abort_requests(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         """End requests; returns the outputs (finish_reason "abort") of those that were still unfinished."""
@@ -213,6 +215,8 @@ class Engine:
             plain, spaced = (
                 self.tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False) for prefix in ("", " ")
             )
+            if not plain or not spaced:
+                raise ValueError(f"bad_words: {word!r} has no text to rule out")
             found.append(plain)
             if spaced[0] != plain[0] and len(spaced) == len(plain):
                 found.append(spaced)

@@ -59,8 +59,8 @@ class GrammarCompiler:
 
         try:
             source = _source(params)
-        except ValueError as error:
-            raise ValueError(f"structured_outputs: {error}") from error
+        except Exception as error:  # the converters of grammars raise their own
+            raise ValueError(f"structured_outputs: {error or type(error).__name__}") from error
         if source not in self._compiled:
             matcher = LLMatcher(self._tokenizer, source, log_level=0)
             if matcher.is_error():

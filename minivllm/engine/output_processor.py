@@ -51,14 +51,13 @@ class OutputProcessor:
         """Take care of the n `requests` of a user's request."""
         first = requests[0]
         group = Group(request_id, prompt, first.token_ids[: first.num_prompt_tokens], params, [])
-        self.groups[request_id] = group
         for index, request in enumerate(requests):
             detokenizer = None
             if self._tokenizer is not None and params.detokenize:
                 detokenizer = Detokenizer(self._tokenizer, request.token_ids, params)
-            sample = Sample(index, request, detokenizer)
-            group.samples.append(sample)
-            self._places[request] = group, sample
+            group.samples.append(Sample(index, request, detokenizer))
+        self.groups[request_id] = group
+        self._places |= {sample.request: (group, sample) for sample in group.samples}
 
     def find_stop(self, request: Request) -> str | None:
         """The stop string that the request's newest token completes."""

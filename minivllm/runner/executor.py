@@ -78,6 +78,9 @@ class WorkersExecutor:
     def __init__(self, config: EngineConfig, model_config: ModelConfig, weights: WeightSource | None) -> None:
         assert config.distributed_timeout_seconds is not None
         self._timeout = config.distributed_timeout_seconds
+        self._num_sent = self._num_answered = 0  # steps
+        self._lost: str | None = None  # why there are no workers any more
+        self._has_started = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         size = config.tensor_parallel_size
@@ -89,23 +92,42 @@ class WorkersExecutor:
             for rank, connection in enumerate(self._connections):
                 connection.send((config, model_config, weights, rank, self._store.port))
             self.num_blocks = int(min(self._answer(rank, None) for rank in range(size)))
+            self._has_started = True
         except BaseException:
             self.shutdown()
             raise
 
     def execute(self, batch: ScheduledBatch) -> PendingResult:
         """Launch a step."""
+        if self._lost is not None:
+            raise WorkerError(self._lost)
         message = pickle.dumps(batch, pickle.HIGHEST_PROTOCOL)
+        self._num_sent += 1
         try:
             for connection in self._connections:
                 connection.send_bytes(message)
         except OSError:
             self._fail()
-        return PendingResult(self)
+        except BaseException:
+            self._give_up("interrupted while a step was sent to the workers")
+            raise
+        return PendingResult(self, self._num_sent)
 
-    def next_result(self) -> StepResult:
-        """Wait for the oldest step that has not been asked for."""
-        return self._answer(0, self._timeout)
+    def result(self, number: int) -> StepResult:
+        """Wait for a step.  What was found out by earlier ones, if nobody has waited for them, is dropped."""
+        try:
+            while self._num_answered < number:
+                answer = self._answer(0, self._timeout)
+                self._num_answered += 1
+        except BaseException:
+            self._give_up("interrupted while a worker was answering")
+            raise
+        return answer
+
+    def _give_up(self, reason: str) -> None:
+        """What is on its way between the processes is not to be trusted any more."""
+        self._lost = self._lost or reason
+        self.shutdown()
 
     def shutdown(self) -> None:
         """End the workers."""
@@ -156,22 +178,21 @@ class WorkersExecutor:
         why, and the others then fail for its absence."""
         if failure is None and reason is None:
             failure = self._first_failure()
-        time.sleep(0.1)
+        deadline = time.monotonic() + (GRACE_SECONDS if failure is None and reason is None else 0.1)
+        while all(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
+            time.sleep(0.01)
         statuses = [process.poll() for process in self._processes]
         self.shutdown()
         ended = [
-            f"worker {rank} has ended with status {status}"
-            for rank, status in enumerate(statuses)
-            if status is not None
+            f"worker {rank} has ended with status {code}" for rank, code in enumerate(statuses) if code is not None
         ]
-        if ended:
-            raise WorkerError(", ".join(ended))
-        if failure is None:
-            raise WorkerError(reason or "the workers are gone")
-        rank, error, trace = failure
-        if isinstance(error, torch.OutOfMemoryError):
-            raise ValueError(OUT_OF_MEMORY) from None
-        raise error or WorkerError(f"worker {rank} has failed:\n{trace}")
+        rank, error, trace = failure or (0, None, "")
+        self._lost = (
+            ", ".join(ended) or reason or (f"worker {rank} has failed:\n{trace}" if failure else "they are gone")
+        )
+        if not ended and not self._has_started and error is not None:
+            raise ValueError(OUT_OF_MEMORY) if isinstance(error, torch.OutOfMemoryError) else error
+        raise WorkerError(self._lost) from error
 
     def _first_failure(self) -> Failure | None:
         """What the next worker to fail says, if one has the time to."""
@@ -190,9 +211,10 @@ class WorkersExecutor:
 class PendingResult:
     """A step that the workers run."""
 
-    def __init__(self, executor: WorkersExecutor) -> None:
+    def __init__(self, executor: WorkersExecutor, number: int) -> None:
         self._executor = executor
+        self._number = number
 
     def wait(self) -> StepResult:
         """Wait until the step has run; steps are to be waited for in their order."""
-        return self._executor.next_result()
+        return self._executor.result(self._number)

@@ -53,6 +53,7 @@ class ModelRunner:
         self.config = config
         self.model_config = model_config
         self.device = torch.device(config.device)
+        self._use_device()
         self.dtype = getattr(torch, config.dtype)
         self.kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
         if "fp8" in (config.kv_cache_dtype, config.quantization) and config.backend == "triton":
@@ -110,6 +111,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> PendingStep:
         """Launch a step."""
+        self._use_device()
         changes = self.slots.apply(batch)
         self._remember_admitted(batch)
         if batch.num_decodes == len(batch.slots):
@@ -117,6 +119,11 @@ class ModelRunner:
         else:
             sampled = self._mixed_step(batch, changes)
         return self._hand_over(sampled)
+
+    def _use_device(self) -> None:
+        """Kernels, events and graphs go to the current device, which is a thread's own."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def _decode_step(self, batch: ScheduledBatch, changes: Changes) -> Sampled:
         """One token for every row, the one sampled last, and drafts: replays a graph if there is one."""

@@ -80,7 +80,8 @@ def compile_kernels(
     ]
 
     def run(job: Callable[[], object]) -> None:
-        with torch.inference_mode():  # which is a thread's own
+        torch.cuda.set_device(device)  # this and the mode are a thread's own
+        with torch.inference_mode():
             job()
 
     with ThreadPoolExecutor(len(jobs)) as pool:

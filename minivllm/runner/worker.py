@@ -32,6 +32,7 @@ class Worker:
         self._connection = connection
         self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._pending: queue.SimpleQueue[PendingStep] = queue.SimpleQueue()
+        self._saying = threading.Lock()
         threading.Thread(target=self._receive, daemon=True).start()
 
     def run(self) -> None:
@@ -41,9 +42,9 @@ class Worker:
             config = _placed(config, rank)
             tp = _join(config, rank, port)
             runner = ModelRunner(config, model_config, weights, tp)
-            self._connection.send(("done", runner.num_blocks))
+            self._say(("done", runner.num_blocks))
             if rank == 0:
-                threading.Thread(target=self._answer, daemon=True).start()
+                threading.Thread(target=self._answer, args=(config.device,), daemon=True).start()
             while True:
                 pending = runner.execute(self._orders.get())
                 if rank == 0:
@@ -51,18 +52,20 @@ class Worker:
         except BaseException as error:
             self._say_failed(error)
 
-    def _answer(self) -> None:
+    def _answer(self, device: str) -> None:
         """Wait for steps, on a thread, while the next are launched already."""
         try:
+            if device != "cpu":
+                torch.cuda.set_device(device)  # a thread's own
             while True:
-                self._connection.send(("done", self._pending.get().wait()))
+                self._say(("done", self._pending.get().wait()))
         except BaseException as error:
             self._say_failed(error)
 
     def _say_failed(self, error: BaseException) -> None:
         told = error if isinstance(error, (ValueError, OSError, torch.OutOfMemoryError)) else None
         try:
-            self._connection.send(("failed", (told, traceback.format_exc())))
+            self._say(("failed", (told, traceback.format_exc())))
         finally:
             threading.Event().wait()  # until the executor, which has to read that, ends this process
 
@@ -72,6 +75,12 @@ class Worker:
                 self._orders.put(self._connection.recv())
         except (EOFError, OSError):
             os._exit(0)
+        except Exception as error:  # what was sent cannot be read here: a function of the caller's script, say
+            self._say_failed(error)
+
+    def _say(self, message: Any) -> None:
+        with self._saying:
+            self._connection.send(message)
 
 
 def main(file_descriptor: int) -> None:

@@ -180,7 +180,10 @@ class _Endpoints:
         if len(content) > limit or int(request.headers.get("content-length") or 0) > limit:
             raise ApiError(413, f"the body has more than {limit} bytes", headers={"Connection": "close"})
         try:
-            return body_class.model_validate(json.loads(content))
+            value = json.loads(content)
+            if b"\\ud" in content.lower():  # half a character is none, and cannot be written
+                json.dumps(value, ensure_ascii=False).encode()
+            return body_class.model_validate(value)
         except ValidationError as error:
             raise from_validation(error) from None
         except (ValueError, RecursionError) as error:
@@ -194,9 +197,10 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise OSError(f"cannot serve on {host} port {port}: {error.strerror or error}; use another --port") from None
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot serve on {host} port {port}: {reason}; use another --port") from None
     return listener
 
 

@@ -39,6 +39,13 @@ class ChatCompletion:
         self._body = body
         self._model = service.check_model(body.model)
         self._id = new_id("chatcmpl", body.request_id)
+        self._created = service.created_now()
+        if body.chat_template is not None and not service.options.trust_request_chat_template:
+            raise ApiError(
+                400, "chat_template needs a server started with --trust-request-chat-template", "chat_template"
+            )
+        if body.chat_template is not None and "{" not in body.chat_template:
+            raise ApiError(400, "chat_template must be the text of a Jinja template", "chat_template")  # never a path
         self._forced = body.forced_function()  # its arguments are all that the model may write
         self._requires_calls = body.tool_choice == "required"
         self._parser = self._find_parser() if body.tools and body.tool_choice in (None, "auto") else None
@@ -47,7 +54,7 @@ class ChatCompletion:
             others["skip_special_tokens"] = False
         self._params = body.sampling_params(
             {"max_tokens": None} | service.llm.inputs.default_options(),  # None: up to max_model_len
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
             structured_outputs=body.forced_output(),
@@ -161,7 +168,7 @@ class ChatCompletion:
         return {
             "id": self._id,
             "object": kind,
-            "created": self._service.created_now(),
+            "created": self._created,
             "model": self._model,
             "choices": choices,
         }

@@ -22,6 +22,7 @@ class Completion:
         self._body = body
         self._model = service.check_model(body.model)
         self._id = new_id("cmpl", body.request_id)
+        self._created = service.created_now()
         # With max_tokens 0 only the prompt is wanted back; the engine always generates one token.
         self._drops_output = body.max_tokens == 0
         if self._drops_output and not body.echo:
@@ -35,7 +36,8 @@ class Completion:
         )
         self._n = self._params.n
         self._running: Running | None = None
-        self._offsets: dict[int, int] = {}  # by choice: characters of its text so far
+        self._offsets: dict[int, int] = {}  # by choice: characters of its text, or of its tokens', so far
+        self._prompt_logprobs: dict[int, Any] = {}  # by prompt; they come once
 
     async def start(self) -> None:
         """Queue the request; errors show before anything of the answer is sent."""
@@ -67,6 +69,8 @@ class Completion:
             async for i, output in outputs:
                 usage.see(output, is_first=i not in seen)
                 seen.add(i)
+                if self._drops_output:
+                    usage.completion = 0
                 for completion in output.outputs:
                     is_first = i * self._n + completion.index not in self._offsets
                     chunk = self._envelope([self._choice(i, output, completion, is_first)])
@@ -91,7 +95,7 @@ class Completion:
         return {
             "id": self._id,
             "object": "text_completion",
-            "created": self._service.created_now(),
+            "created": self._created,
             "model": self._model,
             "choices": choices,
         }
@@ -105,16 +109,21 @@ class Completion:
     def _choice(self, i: int, output: RequestOutput, completion: CompletionOutput, is_first: bool) -> dict[str, Any]:
         """What is new of one choice; with echo, its first part begins with the prompt."""
         index = i * self._n + completion.index
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[i] = output.prompt_logprobs
         text, tokens = completion.text, list(zip(completion.token_ids, completion.logprobs or (), strict=False))
         entries: list[tuple[int, dict[int, Logprob] | None]] = list(tokens)
         if self._drops_output:
             text, entries = "", []
         if self._body.echo and is_first:
             text = self._prompt_text(output) + text
-            entries = [*zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=False), *entries]
+            entries = [*zip(output.prompt_token_ids, self._prompt_logprobs.get(i, ()), strict=False), *entries]
         offset = self._offsets.get(index, 0)
+        logprobs = None
         self._offsets[index] = offset + len(text)
-        logprobs = None if self._body.logprobs is None else self._logprobs(entries, offset)
+        if self._body.logprobs is not None:
+            logprobs = self._logprobs(entries, offset)
+            self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
         return {
             "index": index,
             "text": text,

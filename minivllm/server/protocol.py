@@ -6,7 +6,7 @@ A field that is null counts as left out.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -21,6 +21,10 @@ SAMPLING_FIELDS = (
     "bad_words",
 )  # fmt: skip
 MAX_OUTPUTS = 128  # n, and prompts of one body
+# Checked up to the first wrong entry: a long list of wrong ones would take as many errors.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -66,7 +70,7 @@ class StructuredOutputs(Body):
 
     json_: str | dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = False
@@ -83,7 +87,7 @@ class SamplingBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -95,13 +99,13 @@ class SamplingBody(Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: Ids | None = None
+    bad_words: Texts | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
     request_id: str | None = Field(None, min_length=1, max_length=200)
@@ -114,6 +118,8 @@ class SamplingBody(Body):
                 given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
             except ValueError:
                 raise ApiError(400, "logit_bias: its keys must be token ids", "logit_bias") from None
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError(400, "prompt_logprobs does not go with stream: true", "prompt_logprobs")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options goes with stream: true only", "stream_options")
         options = defaults | given | {name: value for name, value in others.items() if value is not None}
@@ -125,7 +131,7 @@ class SamplingBody(Body):
                 raise ValueError("structured_outputs, response_format and tool_choice ask for different texts")
             return SamplingParams(**options, structured_outputs=asked[0] if asked else None, output_kind=kind)
         except ValueError as error:
-            raise ApiError(400, str(error), str(error).split()[0].rstrip(":")) from None
+            raise ApiError(400, str(error), str(error).split()[0].rstrip(":,")) from None
 
     def _structured_outputs(self) -> StructuredOutputsParams | None:
         own = self.structured_outputs
@@ -143,7 +149,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0)
     best_of: int | None = None
@@ -191,11 +197,11 @@ class NamedTool(Body):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    messages: Objects = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
@@ -246,12 +252,17 @@ class ChatBody(SamplingBody):
         messages = []
         for message in self.messages:
             calls = []
-            for call in message.get("tool_calls") or ():
-                function = dict(call.get("function") or {})
+            given = message.get("tool_calls") or []
+            if not isinstance(given, list) or not all(
+                isinstance(call, dict) and isinstance(call.get("function"), dict) for call in given
+            ):
+                raise ApiError(400, "messages: tool_calls must be a list of calls, each with a function", "messages")
+            for call in given:
+                function = dict(call["function"])
                 if isinstance(function.get("arguments"), str):
                     try:
                         function["arguments"] = json.loads(function["arguments"] or "{}")
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         raise ApiError(400, "messages: a tool call's arguments are not JSON", "messages") from None
                 calls.append({**call, "function": function})
             own = {**message, "tool_calls": calls} if calls else message
@@ -264,7 +275,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Objects | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -274,4 +285,4 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Ids

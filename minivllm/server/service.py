@@ -32,6 +32,7 @@ class ServerOptions:
     max_body_bytes: int = 32 << 20
     tool_call_parser: str | None = None
     allowed_origins: Sequence[str] = ()  # of pages that browsers let read answers, beside the server's own
+    trust_request_chat_template: bool = False  # a template of a client's may run for long, or take much memory
 
 
 @dataclass
@@ -85,14 +86,27 @@ class Service:
         already, a 400 if one of them cannot be run."""
         most = self.llm.facts.max_num_seqs + self.options.max_queued_requests
         num_outputs = len(prompts) * params.n
+        if num_outputs > most:
+            raise ApiError(400, f"n: {num_outputs} outputs are more than the server ever takes at once ({most})", "n")
         if self.num_open + num_outputs > most:
             raise ApiError(
                 429, "too many requests are waiting; come back later", code="queue_full", headers={"Retry-After": "1"}
             )
         self.num_open += num_outputs
-        adding = [self.llm.add_request(prompt, params, f"{request_id}-{i}") for i, prompt in enumerate(prompts)]
-        started = await asyncio.gather(*adding, return_exceptions=True)
-        running = Running(self, [one for one in started if isinstance(one, OutputStream)], num_outputs)
+        adding = [
+            asyncio.ensure_future(self.llm.add_request(prompt, params, f"{request_id}-{i}"))
+            for i, prompt in enumerate(prompts)
+        ]
+        running = Running(self, [], num_outputs)
+        try:
+            started = await asyncio.gather(*adding, return_exceptions=True)
+        except asyncio.CancelledError:
+            running.streams += [
+                one.result() for one in adding if one.done() and not one.cancelled() and not one.exception()
+            ]
+            await running.close()
+            raise
+        running.streams += [one for one in started if isinstance(one, OutputStream)]
         for failure in started:
             if isinstance(failure, BaseException):
                 await running.close()
@@ -105,15 +119,15 @@ class Service:
 class Running:
     """The requests of one body, from their start until `close`, which aborts what is unfinished."""
 
-    def __init__(self, service: Service, streams: Sequence[OutputStream], num_outputs: int) -> None:
+    def __init__(self, service: Service, streams: list[OutputStream], num_outputs: int) -> None:
         self._service = service
-        self._streams = streams
+        self.streams = streams
         self._num_outputs = num_outputs
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(number of the prompt, output) of all requests as they come."""
-        watches = [self._service.metrics.watch(stream) for stream in self._streams]
-        async for i, output in _merged(self._streams):
+        watches = [self._service.metrics.watch(stream) for stream in self.streams]
+        async for i, output in _merged(self.streams):
             watches[i].see(output)
             yield i, output
 
@@ -121,7 +135,7 @@ class Running:
         """The answer has been given, or nobody wants it."""
         self._service.num_open -= self._num_outputs
         self._num_outputs = 0
-        for stream in self._streams:
+        for stream in self.streams:
             await stream.aclose()
 
 
