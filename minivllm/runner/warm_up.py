@@ -80,7 +80,8 @@ def compile_kernels(
     ]
 
     def run(job: Callable[[], object]) -> None:
-        torch.cuda.set_device(device)  # this and the mode are a thread's own
+        if device.type == "cuda":  # this and the mode are a thread's own
+            torch.cuda.set_device(device)
         with torch.inference_mode():
             job()
 
