@@ -13,16 +13,15 @@ import itertools
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from minivllm.child_process import start_process
 from minivllm.engine_process import EngineFacts, Packed, unpack
 from minivllm.inputs import InputProcessor, Prompt
 from minivllm.loading import resolve
@@ -141,7 +140,6 @@ class AsyncLLM:
         chat_template: str | Path | None = None,
         **arguments: Any,
     ) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
         self._error: str | None = None
         self._is_shut_down = False
         # What is fetched or converted is so once, here; the engine finds it done.
@@ -167,19 +165,8 @@ class AsyncLLM:
 
     def _start(self, model: Any, arguments: dict[str, Any]) -> None:
         """Start the engine's process and wait until it is ready."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # Not multiprocessing: that would import the caller's main module once more.
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from minivllm.engine_process import main; main({theirs.fileno()})"],
-                pass_fds=[theirs.fileno()],
-                # On a CPU, threads that wait sleep: those that spin would take the cores from this process.
-                env={"OMP_WAIT_POLICY": "passive"}
-                | os.environ
-                | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-                stdin=subprocess.DEVNULL,
-            )
-        self._connection = Connection(ours.detach())
+        # On a CPU, threads that wait sleep: those that spin would take the cores from this process.
+        self._process, self._connection = start_process("minivllm.engine_process", {"OMP_WAIT_POLICY": "passive"})
         try:
             self._connection.send((model, arguments))
             word, *content = self._connection.recv()
@@ -285,8 +272,6 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """End the engine's process and free its memory.  Requests that run end with EngineDeadError."""
         self._is_shut_down = True
-        if self._process is None:
-            return
         self._connection_shutdown()
         try:
             self._process.wait(SHUTDOWN_SECONDS)

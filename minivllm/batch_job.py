@@ -151,7 +151,7 @@ class Job:
 
     def write(self, chunk: int, answers: list[dict[str, Any]]) -> None:
         """All of them or nothing."""
-        lines = "".join(json.dumps(answer, default=str) + "\n" for answer in answers)
+        lines = "".join(json.dumps(answer) + "\n" for answer in answers)
         write_at_once(self._part(chunk), lambda path: path.write_text(lines, encoding="utf-8"))
 
     def put_together(self) -> None:
@@ -164,9 +164,9 @@ class Job:
         self.folder.rmdir()
 
     def _write_jsonl(self, path: Path) -> None:
-        with path.open("wb") as file:
+        with path.open("w", encoding="utf-8") as file:
             for chunk in range(self.num_chunks):
-                file.write(self._part(chunk).read_bytes())
+                file.writelines(json.dumps(row) + "\n" for row in self._answered_rows(chunk))
 
     def _write_parquet(self, path: Path) -> None:
         import pyarrow
@@ -181,9 +181,10 @@ class Job:
         schema = pyarrow.schema([*(field for field in own if field.name not in ANSWER_FIELDS), *answers])
         with pyarrow.parquet.ParquetWriter(path, schema) as writer:
             for chunk in range(self.num_chunks):
-                pairs = zip(self.rows_of(chunk), self.read(chunk), strict=True)  # the rows as they were, not as JSON
-                merged = [row | {name: answer[name] for name in ANSWER_FIELDS} for row, answer in pairs]
-                writer.write_table(pyarrow.Table.from_pylist(merged, schema))
+                writer.write_table(pyarrow.Table.from_pylist(self._answered_rows(chunk), schema))
+
+    def _answered_rows(self, chunk: int) -> list[dict[str, Any]]:
+        return [row | answer for row, answer in zip(self.rows_of(chunk), self.read(chunk), strict=True)]
 
     def _part(self, chunk: int) -> Path:
         return self.folder / f"{chunk:08d}.jsonl"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import threading
 import time
 import traceback
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from minivllm.child_process import connect
 from minivllm.metrics import Metric, collect
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
@@ -38,9 +38,6 @@ class EngineFacts:
 
     max_model_len: int
     max_num_seqs: int
-    num_blocks: int
-    block_size: int
-    architecture: str
     metrics: list[Metric]
 
 
@@ -148,9 +145,7 @@ class EngineLoop:
 
 def main(file_descriptor: int) -> None:
     """What the process runs: makes the LLM that its parent describes over the connection, and serves it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the parent, which ends this process when it is done
-        signal.signal(number, signal.SIG_IGN)
-    connection = Connection(file_descriptor)
+    connection = connect(file_descriptor)
     model, arguments = connection.recv()
     try:
         from minivllm.llm import LLM
@@ -163,9 +158,6 @@ def main(file_descriptor: int) -> None:
     facts = EngineFacts(
         max_model_len=config.max_model_len or 0,
         max_num_seqs=config.max_num_seqs or 0,
-        num_blocks=llm.engine.scheduler.block_manager.num_blocks,
-        block_size=config.block_size,
-        architecture=llm.model_config.architecture,
         metrics=llm.get_metrics(),
     )
     connection.send(("ready", facts))

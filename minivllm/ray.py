@@ -142,7 +142,7 @@ class _Engine:
         self._job.write(chunk, answers)
 
     async def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
-        answer = row | dict.fromkeys(ANSWER_FIELDS)
+        answer: dict[str, Any] = dict.fromkeys(ANSWER_FIELDS)
         try:
             options = (
                 self._llm.inputs.default_options() | self._job.sampling_params | (row.get("sampling_params") or {})

@@ -153,6 +153,8 @@ def test_chat(server, offline):
     assert [p["choices"][0]["finish_reason"] for p in parts if p["choices"][0]["finish_reason"]] == ["stop"]
     entries = [e for p in parts if p["choices"][0]["logprobs"] for e in p["choices"][0]["logprobs"]["content"]]
     assert len(entries) == len(expected.outputs[0].token_ids)
+    count = [{"role": "user", "content": "Count from 1 to 30."}]
+    assert chat(server, messages=count)["usage"]["completion_tokens"] > 16, "no limit but the model's"
     again = chat(server)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == (len(expected.prompt_token_ids) - 1) // 16 * 16
     going_on = [*CHAT, {"role": "assistant", "content": "The capital of France is"}]
@@ -279,6 +281,14 @@ def test_mistakes(server, path, body, status, param, message):
     assert found == status and message in answer["error"]["message"], answer
     assert answer["error"].keys() == {"message", "type", "param", "code"}
     assert param is None or answer["error"]["param"] == param
+    server.wait_until_idle()
+
+
+def test_no_request_ends_the_engine(server):
+    """Whatever comes of it there: here the tokenizer fails in the engine's process, with a TypeError."""
+    with pytest.raises(ValueError, match="TypeError"):
+        server.call(server.llm.add_request("x", SamplingParams(bad_words=["\ud800"])))
+    assert not server.llm.errored and complete(server, prompt="1, 2, 3,", max_tokens=1)
     server.wait_until_idle()
 
 

@@ -1,13 +1,16 @@
 """Drafts from the request's own text: the same output in fewer steps, and nothing where they do not pay."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from minivllm import LLM, SamplingParams
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import MAX_DRAFT_ROWS
+from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.ngram import NgramConfig, NgramDrafter, accepted
+from minivllm.engine.scheduler import Scheduler
 
 NGRAM = dict(method="ngram", num_speculative_tokens=4, prompt_lookup_min=1, prompt_lookup_max=3)
 FEW = dict(allowed_token_ids=[3, 5, 62])  # so that a random model's output repeats itself, now and then
@@ -173,6 +176,19 @@ def test_it_pauses_where_it_does_not_pay_longer_each_time():
         if drafter.expected(num_tokens):
             drafter.learn(4, num_tokens)
     assert all(drafter.expected(num_tokens + i) for i in range(3))
+
+
+def test_all_wait_for_the_drafts_of_a_few_only_where_that_pays_all():
+    drafting = SimpleNamespace(drafter=SimpleNamespace(expected=lambda num_tokens: 4.0), token_ids=[1])
+    plain = SimpleNamespace(drafter=None, token_ids=[1])
+    scheduler = Scheduler(BlockManager(4, 16, False), 64, 64, [], max_draft_rows=32)
+    for num_others, waits in ((0, True), (7, True), (8, False), (30, False)):
+        scheduler.running = [drafting] + [plain] * num_others
+        assert scheduler.waits_for_tokens == waits
+    scheduler.running = [drafting] * 31
+    assert scheduler.waits_for_tokens
+    scheduler.running = [drafting] * 32  # no room for a draft
+    assert not scheduler.waits_for_tokens
 
 
 def test_accepted():

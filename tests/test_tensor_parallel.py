@@ -178,6 +178,17 @@ def test_a_lost_worker_is_an_error_within_seconds(tiny, function, message, secon
             llm.generate([1], GREEDY, use_tqdm=False)
 
 
+def test_an_abandoned_step_leaves_no_answer_behind(tiny):
+    with LLM(tiny("gqa-tied"), tensor_parallel_size=2, async_scheduling=True, **OPTIONS) as llm:
+        expected = tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+        outputs = llm.stream(PROMPTS[:1], GREEDY)
+        next(outputs)  # the next step is in flight
+        with pytest.raises(Exception, match="pickle"):
+            llm.generate([1], SamplingParams(logits_processors=[lambda token_ids, logits: logits]), use_tqdm=False)
+        outputs.close()
+        assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
 def test_every_waiting_caller_hears_of_it_and_engines_do_not_disturb_each_other(tiny):
     async def last(outputs):
         async for output in outputs:

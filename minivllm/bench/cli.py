@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
+
+if TYPE_CHECKING:
+    from minivllm import LLM
 
 COMMANDS = {
     "throughput": "end-to-end tokens/s of many requests at once",
@@ -145,9 +148,7 @@ def parse_kernels(argv: Sequence[str], prog: str) -> argparse.Namespace:
 def _bench_throughput(args: argparse.Namespace) -> None:
     import torch
 
-    from minivllm import LLM
     from minivllm.bench import kernels, profile, report, throughput
-    from minivllm.loading import embedded_model
 
     on_gpu = torch.cuda.is_available()
     lengths = NANO if on_gpu else (64, 64)
@@ -167,20 +168,9 @@ def _bench_throughput(args: argparse.Namespace) -> None:
     }
     report.print_pairs(setup)
     with tempfile.TemporaryDirectory() as folder:
-        if args.shape:
-            write_config(args.shape, folder)
-        model = folder if args.shape else args.model or embedded_model()
+        model = _model(args, folder)
         start = time.perf_counter()
-        llm = LLM(
-            model,
-            load_format="dummy" if args.shape else "auto",
-            skip_tokenizer_init=True,
-            dtype=args.dtype,
-            max_model_len=args.max_model_len or (4096 if args.shape else None),
-            max_num_seqs=args.max_num_seqs,
-            enforce_eager=args.eager,
-            seed=args.seed,
-        )
+        llm = _load(args, model, max_num_seqs=args.max_num_seqs, seed=args.seed)
         start_up_s = time.perf_counter() - start
         setup["engine"] = report.engine(llm)
         report.print_pairs({"engine": setup["engine"]})
@@ -216,6 +206,30 @@ def _bench_throughput(args: argparse.Namespace) -> None:
         report.plot(args.plot, f"{name} on {setup['device']}\n{workload}", figures, moments, step)
 
 
+def _model(args: argparse.Namespace, folder: str) -> str:
+    """The model that the arguments name; a shape becomes one in `folder`."""
+    from minivllm.loading import embedded_model
+
+    if args.shape:
+        write_config(args.shape, folder)
+        return folder
+    return args.model or embedded_model()
+
+
+def _load(args: argparse.Namespace, model: str, **options: Any) -> LLM:
+    from minivllm import LLM
+
+    return LLM(
+        model,
+        load_format="dummy" if args.shape else "auto",
+        skip_tokenizer_init=True,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len or (4096 if args.shape else None),
+        enforce_eager=args.eager,
+        **options,
+    )
+
+
 def _bench_serve(argv: Sequence[str], prog: str) -> None:
     from minivllm.bench import serve
 
@@ -225,27 +239,17 @@ def _bench_serve(argv: Sequence[str], prog: str) -> None:
 
 
 def _bench_latency(args: argparse.Namespace) -> None:
-    from minivllm import LLM
     from minivllm.bench import latency, report
-    from minivllm.loading import embedded_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        if args.shape:
-            write_config(args.shape, folder)
-        with LLM(
-            folder if args.shape else args.model or embedded_model(),
-            load_format="dummy" if args.shape else "auto",
-            skip_tokenizer_init=True,
-            dtype=args.dtype,
-            max_model_len=args.max_model_len or (4096 if args.shape else None),
-            max_num_seqs=args.batch_size,
-            enforce_eager=args.eager,
-        ) as llm:
-            seconds = latency.measure(
-                llm, args.batch_size, args.input_len, args.output_len, args.num_iters_warmup, args.num_iters
-            )
-            figures = latency.figures(seconds, args.batch_size * args.output_len)
-            report.print_pairs({"engine": report.engine(llm), **{k: f"{v:.4g}" for k, v in figures.items()}})
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _load(args, _model(args, folder), max_num_seqs=args.batch_size) as llm,
+    ):
+        seconds = latency.measure(
+            llm, args.batch_size, args.input_len, args.output_len, args.num_iters_warmup, args.num_iters
+        )
+        figures = latency.figures(seconds, args.batch_size * args.output_len)
+        report.print_pairs({"engine": report.engine(llm), **{k: f"{v:.4g}" for k, v in figures.items()}})
     if args.json:
         report.write_json(args.json, {"seconds": seconds, **figures})
 

@@ -56,21 +56,22 @@ class Engine:
         eos_token_ids = set(model_config.eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
             eos_token_ids.add(tokenizer.eos_token_id)
+        given = config.speculative_config
+        self._ngram = None if given is None else NgramConfig.from_dict(given)
+        most_rows = MAX_DRAFT_ROWS if config.device.startswith("cuda") else MAX_DRAFT_ROWS_ON_CPU
         self.scheduler = Scheduler(
             BlockManager(executor.num_blocks, config.block_size, config.enable_prefix_caching),
             config.max_num_seqs,
             config.max_num_batched_tokens,
             eos_token_ids,
             model_config.longest_window,
-            MAX_DRAFT_ROWS if config.device.startswith("cuda") else MAX_DRAFT_ROWS_ON_CPU,
+            max_draft_rows=0 if self._ngram is None else most_rows,
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()
         self._outputs = OutputProcessor(tokenizer)
         self._grammars: GrammarCompiler | None = None  # made when the first request needs it
         self._num_requests = 0
-        given = config.speculative_config
-        self._ngram = None if given is None else NgramConfig.from_dict(given)
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raise ValueError if a request with this prompt cannot be run."""

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minivllm.engine.batch import MAX_DRAFT_ROWS, AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
+from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.ngram import WORTH, accepted
 from minivllm.engine.request import Request
@@ -53,10 +53,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
         window: int | None = None,
-        max_draft_rows: int = MAX_DRAFT_ROWS,
+        max_draft_rows: int = 0,
     ) -> None:
         """`window`: no layer attends to more than so many of the last tokens.  `max_draft_rows`: of a step that
-        computes drafts, these included."""
+        computes drafts, these included; 0: nothing is drafted."""
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -301,6 +301,8 @@ class Scheduler:
         """Add drafts to a step of decodes, as far as there is room for them."""
         room = min(budget, self.max_draft_rows - len(decodes))
         drafts: list[Draft] = []
+        if room <= 0:
+            return drafts
         for row, request in enumerate(decodes):
             drafter = request.drafter
             if drafter is None or request.num_in_flight or not drafter.expected(request.num_tokens):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import pickle
-import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from multiprocessing.connection import Connection, wait
@@ -16,12 +13,15 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import TCPStore
 
+from minivllm.child_process import start_process
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.loading.weights import WeightSource
 from minivllm.model_config import ModelConfig
 from minivllm.runner.model_runner import ModelRunner, PendingStep
 
+# All workers are on this host.  Multicast over NVLink (NVLS) is left alone.
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
 GRACE_SECONDS = 2.0  # after a worker is gone, for others to say what they know of it
 
 Failure = tuple[int, Exception | None, str]  # rank, an error to be raised as it is, traceback
@@ -87,8 +87,10 @@ class WorkersExecutor:
         self._answers: list[deque[Any]] = [deque() for _ in range(size)]  # that nobody has waited for yet
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # chooses a free port
         try:
-            for rank in range(size):
-                self._start(rank)
+            for _ in range(size):
+                process, connection = start_process("minivllm.runner.worker", ENVIRONMENT)
+                self._processes.append(process)
+                self._connections.append(connection)
             for rank, connection in enumerate(self._connections):
                 connection.send((config, model_config, weights, rank, self._store.port))
             self.num_blocks = int(min(self._answer(rank, None) for rank in range(size)))
@@ -138,21 +140,6 @@ class WorkersExecutor:
         for process in self._processes:
             process.wait()
         self._connections, self._processes = [], []
-
-    def _start(self, rank: int) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", f"from minivllm.runner.worker import main; main({theirs.fileno()})"],
-                    pass_fds=[theirs.fileno()],
-                    env={"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
-                    | os.environ
-                    | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-                    stdin=subprocess.DEVNULL,
-                )
-            )
-        self._connections.append(Connection(ours.detach()))
 
     def _answer(self, rank: int, timeout: float | None) -> Any:
         """The next answer of a worker.  Raises WorkerError, after all workers were ended, if one of them fails first,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import queue
-import signal
 import threading
 import traceback
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minivllm.child_process import connect
 from minivllm.config import EngineConfig
 from minivllm.parallel import TensorParallel
 from minivllm.runner.model_runner import ModelRunner
@@ -85,9 +85,7 @@ class Worker:
 
 def main(file_descriptor: int) -> None:
     """What the process runs."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the executor, which ends this process when it is done
-        signal.signal(number, signal.SIG_IGN)
-    Worker(Connection(file_descriptor)).run()
+    Worker(connect(file_descriptor)).run()
 
 
 def _placed(config: EngineConfig, rank: int) -> EngineConfig:

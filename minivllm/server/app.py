@@ -172,12 +172,13 @@ class _Endpoints:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the Content-Type must be application/json")
         limit, content = self._service.options.max_body_bytes, bytearray()
-        if int(request.headers.get("content-length") or 0) <= limit:
+        size = int(request.headers.get("content-length") or 0)
+        if size <= limit:
             async for part in request.stream():
                 content += part
-                if len(content) > limit:
+                if (size := len(content)) > limit:
                     break
-        if len(content) > limit or int(request.headers.get("content-length") or 0) > limit:
+        if size > limit:
             raise ApiError(413, f"the body has more than {limit} bytes", headers={"Connection": "close"})
         try:
             value = json.loads(content)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
+from minivllm.outputs import CompletionOutput, Logprob
 from minivllm.server.errors import ApiError
 from minivllm.server.protocol import ChatBody
-from minivllm.server.service import Running, Service, Usage, finite, new_id, prompt_logprobs_json
+from minivllm.server.service import Service, Usage, Work, finite, prompt_logprobs_json
 from minivllm.server.tool_parsers import PARSERS, ToolCall, ToolParser, guess_parser, needs_special_tokens
 
 
@@ -31,15 +31,12 @@ class Choice:
         return taken
 
 
-class ChatCompletion:
-    """One request of this kind, on its way to an answer."""
+class ChatCompletion(Work):
+    prefix = "chatcmpl"
 
     def __init__(self, service: Service, body: ChatBody) -> None:
-        self._service = service
+        super().__init__(service, body)
         self._body = body
-        self._model = service.check_model(body.model)
-        self._id = new_id("chatcmpl", body.request_id)
-        self._created = service.created_now()
         if body.chat_template is not None and not service.options.trust_request_chat_template:
             raise ApiError(
                 400, "chat_template needs a server started with --trust-request-chat-template", "chat_template"
@@ -60,11 +57,9 @@ class ChatCompletion:
             structured_outputs=body.forced_output(),
             **others,
         )
-        self._running: Running | None = None
         self._choices: dict[int, Choice] = {}
 
     async def start(self) -> None:
-        """Queue the request; errors show before anything of the answer is sent."""
         body = self._body
         continues = body.continue_final_message
         tools = (
@@ -72,7 +67,7 @@ class ChatCompletion:
         )
         try:
             prompt = await asyncio.to_thread(
-                self._service.llm.inputs.preprocess_chat,
+                self._llm.inputs.preprocess_chat,
                 body.template_messages(),
                 chat_template=body.chat_template,
                 add_generation_prompt=body.add_generation_prompt and not continues,
@@ -85,7 +80,6 @@ class ChatCompletion:
         self._running = await self._service.start([prompt], self._params, self._id, "messages")
 
     async def answer(self) -> dict[str, Any]:
-        """The whole answer."""
         usage, choices, prompt_logprobs = Usage(), [], None
         async for _, output in self._outputs():
             usage.see(output, is_first=True)
@@ -111,7 +105,6 @@ class ChatCompletion:
         return answer
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a streamed answer."""
         usage, is_first = Usage(), True
         options = self._body.stream_options
         with_usage = options is not None and options.include_usage
@@ -155,28 +148,10 @@ class ChatCompletion:
         finally:
             await outputs.aclose()
 
-    async def close(self) -> None:
-        """To be called once it has started, however it ends."""
-        if self._running is not None:
-            await self._running.close()
-
-    def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        assert self._running is not None, "not started"
-        return self._running.outputs()
-
-    def _envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
-
     def _find_parser(self) -> str:
         name = self._service.options.tool_call_parser
         if name is None:
-            inputs = self._service.llm.inputs
+            inputs = self._llm.inputs
             name = guess_parser(inputs.chat_template or inputs.get_tokenizer().chat_template)
         if name is None:
             raise ApiError(

@@ -9,20 +9,18 @@ from minivllm.inputs import Prompt
 from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
 from minivllm.server.errors import ApiError
 from minivllm.server.protocol import CompletionBody
-from minivllm.server.service import Running, Service, Usage, finite, new_id, prompt_logprobs_json
+from minivllm.server.service import Service, Usage, Work, finite, prompt_logprobs_json
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
+KIND = "text_completion"
 
 
-class Completion:
-    """One request of this kind, on its way to an answer."""
+class Completion(Work):
+    prefix = "cmpl"
 
     def __init__(self, service: Service, body: CompletionBody) -> None:
-        self._service = service
+        super().__init__(service, body)
         self._body = body
-        self._model = service.check_model(body.model)
-        self._id = new_id("cmpl", body.request_id)
-        self._created = service.created_now()
         # With max_tokens 0 only the prompt is wanted back; the engine always generates one token.
         self._drops_output = body.max_tokens == 0
         if self._drops_output and not body.echo:
@@ -35,17 +33,14 @@ class Completion:
             prompt_logprobs=body.logprobs if wants_prompt else body.prompt_logprobs,
         )
         self._n = self._params.n
-        self._running: Running | None = None
         self._offsets: dict[int, int] = {}  # by choice: characters of its text, or of its tokens', so far
         self._prompt_logprobs: dict[int, Any] = {}  # by prompt; they come once
 
     async def start(self) -> None:
-        """Queue the request; errors show before anything of the answer is sent."""
         prompts: list[Prompt] = [self._prompt(prompt) for prompt in self._body.prompts()]
         self._running = await self._service.start(prompts, self._params, self._id, "prompt")
 
     async def answer(self) -> dict[str, Any]:
-        """The whole answer."""
         usage = Usage()
         choices: list[dict[str, Any]] = []
         async for i, output in self._outputs():
@@ -58,10 +53,9 @@ class Completion:
         if self._drops_output:
             usage.completion = 0
         choices.sort(key=lambda choice: choice["index"])
-        return self._envelope(choices) | {"usage": usage.json()}
+        return self._envelope(KIND, choices) | {"usage": usage.json()}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The chunks of a streamed answer."""
         usage, seen = Usage(), set()
         options = self._body.stream_options
         outputs = self._outputs()
@@ -73,36 +67,18 @@ class Completion:
                     usage.completion = 0
                 for completion in output.outputs:
                     is_first = i * self._n + completion.index not in self._offsets
-                    chunk = self._envelope([self._choice(i, output, completion, is_first)])
+                    chunk = self._envelope(KIND, [self._choice(i, output, completion, is_first)])
                     if options is not None and options.include_usage:
                         chunk["usage"] = usage.json() if options.continuous_usage_stats else None
                     yield chunk
             if options is not None and options.include_usage:
-                yield self._envelope([]) | {"usage": usage.json()}
+                yield self._envelope(KIND, []) | {"usage": usage.json()}
         finally:
             await outputs.aclose()
 
-    async def close(self) -> None:
-        """To be called once it has started, however it ends."""
-        if self._running is not None:
-            await self._running.close()
-
-    def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        assert self._running is not None, "not started"
-        return self._running.outputs()
-
-    def _envelope(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
-
     def _prompt(self, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str) and not self._body.add_special_tokens:
-            ids = self._service.llm.get_tokenizer()(prompt, add_special_tokens=False).input_ids
+            ids = self._llm.get_tokenizer()(prompt, add_special_tokens=False).input_ids
             return {"prompt": prompt, "prompt_token_ids": ids}
         return prompt
 
@@ -111,8 +87,9 @@ class Completion:
         index = i * self._n + completion.index
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[i] = output.prompt_logprobs
-        text, tokens = completion.text, list(zip(completion.token_ids, completion.logprobs or (), strict=False))
-        entries: list[tuple[int, dict[int, Logprob] | None]] = list(tokens)
+        text = completion.text
+        entries: list[tuple[int, dict[int, Logprob] | None]] = []
+        entries += zip(completion.token_ids, completion.logprobs or (), strict=False)
         if self._drops_output:
             text, entries = "", []
         if self._body.echo and is_first:
@@ -135,7 +112,7 @@ class Completion:
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:
             return output.prompt
-        return str(self._service.llm.get_tokenizer().decode(output.prompt_token_ids))
+        return str(self._llm.get_tokenizer().decode(output.prompt_token_ids))
 
     def _logprobs(self, entries: Sequence[tuple[int, dict[int, Logprob] | None]], offset: int) -> dict[str, Any]:
         """OpenAI's older form: four lists, an entry a token."""
@@ -146,7 +123,7 @@ class Completion:
         most = self._body.logprobs or 0
         for token_id, entry in entries:
             if entry is None:  # of the first token of a prompt nothing can be said
-                text = str(self._service.llm.get_tokenizer().decode([token_id]))
+                text = str(self._llm.get_tokenizer().decode([token_id]))
                 token_logprobs.append(None)
                 top_logprobs.append(None)
             else:

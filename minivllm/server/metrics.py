@@ -43,30 +43,28 @@ class ServerMetrics:
             made = Histogram(f"vllm:{name}", help, ["model_name"], buckets=buckets, registry=self._registry)
             return made.labels(model_name)
 
-        self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
-        self._itl = histogram("inter_token_latency_seconds", "Between tokens of a request.", SECONDS)
-        self._tpot = histogram(
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", SECONDS)
+        self.itl = histogram("inter_token_latency_seconds", "Between tokens of a request.", SECONDS)
+        self.tpot = histogram(
             "request_time_per_output_token_seconds", "Mean of a request, without its first token.", SECONDS
         )
-        self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token.", LONG_SECONDS)
-        self._queue = histogram("request_queue_time_seconds", "From arrival to the first step.", LONG_SECONDS)
-        self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
-        self._generation = histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
-        self._success = PrometheusCounter(
+        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token.", LONG_SECONDS)
+        self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", LONG_SECONDS)
+        self.prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
+        self.generation = histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
+        self.success = PrometheusCounter(
             "vllm:request_success", "Outputs that ended.", ["model_name", "finished_reason"], registry=self._registry
         )
-        self._model_name = model_name
+        self.model_name = model_name
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def watch(self, stream: OutputStream) -> RequestWatch:
-        """To be told of each output of a stream."""
-        return RequestWatch(self, stream)
-
 
 class RequestWatch:
+    """Is told of each output of a stream."""
+
     def __init__(self, metrics: ServerMetrics, stream: OutputStream) -> None:
         self._metrics = metrics
         self._arrival = stream.arrival_time
@@ -80,20 +78,20 @@ class RequestWatch:
         num_new = sum(len(completion.token_ids) for completion in output.outputs)
         if self._first is None:
             self._first = now
-            metrics._ttft.observe((output.metrics.first_token_time or now) - self._arrival)
+            metrics.ttft.observe((output.metrics.first_token_time or now) - self._arrival)
             if output.metrics.first_scheduled_time is not None:
-                metrics._queue.observe(max(0.0, output.metrics.first_scheduled_time - self._arrival))
-            metrics._prompt.observe(len(output.prompt_token_ids))
+                metrics.queue.observe(max(0.0, output.metrics.first_scheduled_time - self._arrival))
+            metrics.prompt.observe(len(output.prompt_token_ids))
         elif num_new:
-            metrics._itl.observe((now - self._last) / num_new)
+            metrics.itl.observe((now - self._last) / num_new)
         self._last = now
         self._num_tokens += num_new
         for completion in output.outputs:
             if completion.finish_reason is not None:
-                metrics._success.labels(metrics._model_name, completion.finish_reason).inc()
+                metrics.success.labels(metrics.model_name, completion.finish_reason).inc()
         if output.finished:
-            metrics._e2e.observe(now - self._arrival)
-            metrics._generation.observe(self._num_tokens)
+            metrics.e2e.observe(now - self._arrival)
+            metrics.generation.observe(self._num_tokens)
             first, last = output.metrics.first_token_time, output.metrics.last_token_time
             if self._num_tokens > 1 and first is not None and last is not None:
-                metrics._tpot.observe((last - first) / (self._num_tokens - 1))
+                metrics.tpot.observe((last - first) / (self._num_tokens - 1))

@@ -6,10 +6,11 @@ import asyncio
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -19,7 +20,8 @@ from minivllm.inputs import Prompt
 from minivllm.outputs import Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.errors import ApiError
-from minivllm.server.metrics import ServerMetrics
+from minivllm.server.metrics import RequestWatch, ServerMetrics
+from minivllm.server.protocol import SamplingBody
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,6 @@ class Service:
     metrics: ServerMetrics
     started: int = field(default_factory=lambda: int(time.time()))
     num_open: int = 0  # outputs that clients wait for
-
-    def created_now(self) -> int:
-        """The time in the answers, in seconds since 1970."""
-        return int(time.time())
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with.  A 404 if clients may not ask for `name`."""
@@ -126,7 +124,7 @@ class Running:
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(number of the prompt, output) of all requests as they come."""
-        watches = [self._service.metrics.watch(stream) for stream in self.streams]
+        watches = [RequestWatch(self._service.metrics, stream) for stream in self.streams]
         async for i, output in _merged(self.streams):
             watches[i].see(output)
             yield i, output
@@ -139,20 +137,42 @@ class Running:
             await stream.aclose()
 
 
-class Work(Protocol):
-    """One request on its way to an answer."""
+class Work(ABC):
+    """One request on its way to an answer, whose id begins with `prefix`."""
 
+    prefix: str
+
+    def __init__(self, service: Service, body: SamplingBody) -> None:
+        self._service = service
+        self._llm = service.llm
+        self._model = service.check_model(body.model)
+        self._id = f"{self.prefix}-{body.request_id or uuid.uuid4().hex}"
+        self._created = int(time.time())  # seconds since 1970
+        self._running: Running | None = None
+
+    @abstractmethod
     async def start(self) -> None:
         """Queue it; errors show before anything of the answer is sent."""
 
+    @abstractmethod
     async def answer(self) -> dict[str, Any]:
         """The whole answer."""
 
+    @abstractmethod
     def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer."""
 
     async def close(self) -> None:
         """To be called once it has started, however it ends."""
+        if self._running is not None:
+            await self._running.close()
+
+    def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        assert self._running is not None, "not started"
+        return self._running.outputs()
+
+    def _envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
 
 async def _merged(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -222,11 +242,6 @@ class EventStream(Response):
             await send(event(json.dumps(failure.body())))
         await send(event("[DONE]"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def new_id(prefix: str, given: str | None) -> str:
-    """The id of an answer."""
-    return f"{prefix}-{given or uuid.uuid4().hex}"
 
 
 def prompt_logprobs_json(entries: Sequence[dict[int, Logprob] | None] | None) -> list[Any] | None:

@@ -1,0 +1,39 @@
+"""Processes of our own, each at the end of a connection: the engine of `AsyncLLM`, the workers of tensor parallelism.
+
+Not multiprocessing: that would import the caller's main module once more.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+
+
+def start_process(module: str, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start `main(file descriptor)` of a module in a process of its own; returns it, and our end of the connection.
+    `environment`: variables that it gets unless they are set here."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"from {module} import main; main({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
+            env={
+                **environment,
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            },
+            stdin=subprocess.DEVNULL,
+        )
+    return process, Connection(ours.detach())
+
+
+def connect(file_descriptor: int) -> Connection:
+    """The started process' end.  Signals that end programs are meant for its parent, which ends it when it is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return Connection(file_descriptor)
