@@ -165,8 +165,7 @@ class AsyncLLM:
 
     def _start(self, model: Any, arguments: dict[str, Any]) -> None:
         """Start the engine's process and wait until it is ready."""
-        # On a CPU, threads that wait sleep: those that spin would take the cores from this process.
-        self._process, self._connection = start_process("minivllm.engine_process", {"OMP_WAIT_POLICY": "passive"})
+        self._process, self._connection = start_process("minivllm.engine_process")
         try:
             self._connection.send((model, arguments))
             word, *content = self._connection.recv()

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 
-def start_process(module: str, environment: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], Connection]:
+def start_process(
+    module: str, environment: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], Connection]:
     """Start `main(file descriptor)` of a module in a process of its own; returns it, and our end of the connection.
     `environment`: variables that it gets unless they are set here."""
     ours, theirs = socket.socketpair()
@@ -23,7 +25,7 @@ def start_process(module: str, environment: Mapping[str, str]) -> tuple[subproce
             [sys.executable, "-c", f"from {module} import main; main({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
             env={
-                **environment,
+                **(environment or {}),
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             },
