@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from minivllm import __version__
+from minivllm.argument_types import json_object
 from minivllm.config import EngineConfig
 
 MODEL_HELP = "folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct"
@@ -64,7 +65,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--skip-tokenizer-init", action="store_const", const=True, help="prompts are token ids only")
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     group.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's own")
-    group.add_argument("--hf-overrides", type=_json_object, metavar="JSON", help="entries of config.json to change")
+    group.add_argument("--hf-overrides", type=json_object, metavar="JSON", help="entries of config.json to change")
     for one in fields(EngineConfig):
         flag, kind = "--" + one.name.replace("_", "-"), str(one.type).removesuffix(" | None")
         help = one.metadata["help"].replace("%", "%%")
@@ -73,7 +74,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             types: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
             shown = f" ({one.default})" if one.default not in (None, "auto") else ""
-            group.add_argument(flag, type=types.get(kind, _json_object), metavar="X", help=help + shown)
+            group.add_argument(flag, type=types.get(kind, json_object), metavar="X", help=help + shown)
 
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,16 +82,6 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     parts = ("tokenizer", "skip_tokenizer_init", "revision", "chat_template", "hf_overrides")
     names = [*parts, *(one.name for one in fields(EngineConfig))]
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
-    return value
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:

@@ -7,11 +7,12 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minivllm.argument_types import at_least, output_file
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
 
 if TYPE_CHECKING:
@@ -54,24 +55,6 @@ def main(argv: Sequence[str], prog: str = "bench.py") -> int:
     return 0
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _output_file(text: str) -> str:
-    """An argparse type: a file that can be written, found out before a long run and not after it."""
-    if not Path(text).absolute().parent.is_dir() or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}: its folder is not there, or it is a folder itself")
-    return text
-
-
 def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Namespace:
     others = ", ".join(name for name in COMMANDS if name != "throughput")
     parser = argparse.ArgumentParser(
@@ -82,19 +65,19 @@ def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Na
     )
     add = parser.add_argument
     _add_model(parser)
-    add("--num-prompts", type=_at_least(1), metavar="N", help="requests; default: 256 on a GPU, 16 on a CPU")
-    add("--input-len", type=_at_least(1), metavar="N", help="prompt tokens; default: 100-1024 on a GPU, 64 on a CPU")
-    add("--output-len", type=_at_least(1), metavar="N", help="output tokens; default: 100-1024 on a GPU, 64 on a CPU")
+    add("--num-prompts", type=at_least(1), metavar="N", help="requests; default: 256 on a GPU, 16 on a CPU")
+    add("--input-len", type=at_least(1), metavar="N", help="prompt tokens; default: 100-1024 on a GPU, 64 on a CPU")
+    add("--output-len", type=at_least(1), metavar="N", help="output tokens; default: 100-1024 on a GPU, 64 on a CPU")
     add("--temperature", type=float, metavar="T", help="default: 0.6 on a GPU, 0 (greedy) on a CPU")
-    add("--seed", type=_at_least(0), default=0, metavar="N", help="of the workload and of sampling (%(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of the workload and of sampling (%(default)s)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's, on a CPU float32")
-    add("--max-model-len", type=_at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
-    add("--max-num-seqs", type=_at_least(1), metavar="N", help="requests that run at once at most; default: 256")
+    add("--max-model-len", type=at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
+    add("--max-num-seqs", type=at_least(1), metavar="N", help="requests that run at once at most; default: 256")
     add("--eager", action="store_true", help="no CUDA graphs")
     add("--compare", choices=["hf"], help="run the same requests through Hugging Face generate too")
-    add("--json", type=_output_file, metavar="FILE", help="write all figures, requests and the time series")
-    add("--plot", type=_output_file, metavar="FILE", help="draw the run, and on a GPU a decode step's time (PNG)")
-    add("--profile", type=_output_file, metavar="FILE", help="write a trace of the first steps, for ui.perfetto.dev")
+    add("--json", type=output_file, metavar="FILE", help="write all figures, requests and the time series")
+    add("--plot", type=output_file, metavar="FILE", help="draw the run, and on a GPU a decode step's time (PNG)")
+    add("--profile", type=output_file, metavar="FILE", help="write a trace of the first steps, for ui.perfetto.dev")
     args = parser.parse_args(argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib; pip install matplotlib, or leave --plot out")
@@ -115,21 +98,21 @@ def parse_latency(argv: Sequence[str], prog: str) -> argparse.Namespace:
     )
     _add_model(parser)
     add = parser.add_argument
-    add("--batch-size", type=_at_least(1), default=8, metavar="N", help="prompts at once (%(default)s)")
-    add("--input-len", type=_at_least(1), default=32, metavar="N", help="prompt tokens (%(default)s)")
-    add("--output-len", type=_at_least(1), default=128, metavar="N", help="output tokens (%(default)s)")
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="prompts at once (%(default)s)")
+    add("--input-len", type=at_least(1), default=32, metavar="N", help="prompt tokens (%(default)s)")
+    add("--output-len", type=at_least(1), default=128, metavar="N", help="output tokens (%(default)s)")
     add(
         "--num-iters-warmup",
-        type=_at_least(0),
+        type=at_least(0),
         default=2,
         metavar="N",
         help="runs before those that count (%(default)s)",
     )
-    add("--num-iters", type=_at_least(1), default=5, metavar="N", help="runs that count (%(default)s)")
+    add("--num-iters", type=at_least(1), default=5, metavar="N", help="runs that count (%(default)s)")
     add("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's, on a CPU float32")
-    add("--max-model-len", type=_at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
+    add("--max-model-len", type=at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
     add("--eager", action="store_true", help="no CUDA graphs")
-    add("--json", type=_output_file, metavar="FILE", help="write all figures")
+    add("--json", type=output_file, metavar="FILE", help="write all figures")
     return parser.parse_args(argv)
 
 
@@ -138,7 +121,7 @@ def parse_kernels(argv: Sequence[str], prog: str) -> argparse.Namespace:
         prog=prog, description="Time of decode attention and KV bytes read a second, on a GPU."
     )
     parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens in a KV block (%(default)s)")
-    parser.add_argument("--json", type=_output_file, metavar="FILE", help="write all figures")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures")
     args = parser.parse_args(argv)
     if args.block_size < 1 or (args.block_size not in (16, 32) and args.block_size % 64):
         parser.error(f"--block-size must be 16, 32 or a multiple of 64, got {args.block_size}")

@@ -7,9 +7,9 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from minivllm.argument_types import at_least, json_object, output_file
 from minivllm.bench.serve_metrics import METRICS
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=ENDPOINTS, default="openai", help="v1/completions or v1/chat/completions (%(default)s)")
     add("--base-url", metavar="URL", help="the server, if not http://HOST:PORT")
     add("--host", default="127.0.0.1", help="(%(default)s)")
-    add("--port", type=_integer(1), default=8000, metavar="N", help="(%(default)s)")
+    add("--port", type=at_least(1), default=8000, metavar="N", help="(%(default)s)")
     add("--endpoint", metavar="PATH", help="default: that of the backend")
     add("--model", metavar="NAME", help="default: the first that the server names")
     add("--api-key", metavar="KEY", help="default: $OPENAI_API_KEY")
@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("requests").add_argument
     add("--dataset-name", choices=["random", "custom"], default="random", help="(%(default)s)")
     add("--dataset-path", metavar="FILE", help='custom: JSONL with "prompt" or "messages", and perhaps "max_tokens"')
-    add("--custom-output-len", type=_integer(1), default=256, metavar="N", help="of rows that say none (%(default)s)")
+    add("--custom-output-len", type=at_least(1), default=256, metavar="N", help="of rows that say none (%(default)s)")
     add("--disable-shuffle", action="store_true", help="custom: keep the order of the file")
     add("--no-oversample", action="store_true", help="custom: send no row twice, be it fewer than --num-prompts")
-    add("--random-input-len", type=_integer(0), default=1024, metavar="N", help="tokens (%(default)s)")
-    add("--random-output-len", type=_integer(1), default=128, metavar="N", help="tokens (%(default)s)")
+    add("--random-input-len", type=at_least(0), default=1024, metavar="N", help="tokens (%(default)s)")
+    add("--random-output-len", type=at_least(1), default=128, metavar="N", help="tokens (%(default)s)")
     add(
         "--random-range-ratio",
         type=_range_ratio,
@@ -51,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='lengths are drawn from length ± R · length, R < 1, or {"input": R, "output": R} (%(default)s)',
     )
     add(
-        "--random-prefix-len", type=_integer(0), default=0, metavar="N", help="more tokens, shared by all (%(default)s)"
+        "--random-prefix-len", type=at_least(0), default=0, metavar="N", help="more tokens, shared by all (%(default)s)"
     )
-    add("--random-vocab-size", type=_integer(1), default=10000, metavar="N", help="ids are below this (%(default)s)")
-    add("--num-prompts", type=_integer(1), default=1000, metavar="N", help="requests (%(default)s)")
-    add("--num-warmups", type=_integer(0), default=0, metavar="N", help="requests before, not counted (%(default)s)")
-    add("--seed", type=_integer(0), default=0, metavar="N", help="of prompts and arrivals (%(default)s)")
+    add("--random-vocab-size", type=at_least(1), default=10000, metavar="N", help="ids are below this (%(default)s)")
+    add("--num-prompts", type=at_least(1), default=1000, metavar="N", help="requests (%(default)s)")
+    add("--num-warmups", type=at_least(0), default=0, metavar="N", help="requests before, not counted (%(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of prompts and arrivals (%(default)s)")
 
     add = parser.add_argument_group("load").add_argument
     add("--request-rate", type=_number(0, above=True), default=math.inf, metavar="R", help="a second (%(default)s)")
@@ -67,13 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="shape of the gamma distribution of gaps: 1 is a Poisson process, less is more bursty (%(default)s)",
     )
-    add("--max-concurrency", type=_integer(1), metavar="N", help="requests under way at most; default: any number")
+    add("--max-concurrency", type=at_least(1), metavar="N", help="requests under way at most; default: any number")
 
     add = parser.add_argument_group("sampling").add_argument
     add("--ignore-eos", action="store_true", help="generate up to the output length; always so with random prompts")
     add("--temperature", type=_number(0), default=0.0, metavar="T", help="(%(default)s, greedy)")
     add("--top-p", type=_number(0, above=True), metavar="P", help="default: the server's")
-    add("--extra-body", type=_json_object, default={}, metavar="JSON", help="more fields of each request")
+    add("--extra-body", type=json_object, default={}, metavar="JSON", help="more fields of each request")
 
     add = parser.add_argument_group("results").add_argument
     add(
@@ -93,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="count requests that stay within all of these milliseconds, of ttft, tpot and e2el",
     )
     add("--disable-tqdm", action="store_true", help="no progress bar")
-    add("--json", type=_output_file, metavar="FILE", help="write all figures and every request")
-    add("--plot", type=_output_file, metavar="FILE", help="draw the run (PNG)")
+    add("--json", type=output_file, metavar="FILE", help="write all figures and every request")
+    add("--plot", type=output_file, metavar="FILE", help="draw the run (PNG)")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -126,17 +126,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     add_arguments(parser)
     values = {name: getattr(args, name) for name in vars(parser.parse_args([])) if name != "api_key"}
     return {name: "inf" if value == math.inf else value for name, value in values.items()}
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
-
-    return parse
 
 
 def _number(least: float, above: bool = False) -> Callable[[str], float]:
@@ -173,17 +162,6 @@ def _range_ratio(text: str) -> dict[str, float]:
     return {name: float(ratio) for name, ratio in ratios.items()}
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    """An argparse type: a JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
-    return value
-
-
 def _metric_names(text: str) -> list[str]:
     """An argparse type: metrics, with commas between them."""
     names = text.split(",")
@@ -207,10 +185,3 @@ def _objective(text: str) -> tuple[str, float]:
     if name not in SLO_METRICS or not _float(value) >= 0:
         raise argparse.ArgumentTypeError(f"must be METRIC:MILLISECONDS, of {', '.join(SLO_METRICS)}, got {text!r}")
     return name, float(value)
-
-
-def _output_file(text: str) -> str:
-    """An argparse type: a file that can be written, found out before a long run and not after it."""
-    if not Path(text).absolute().parent.is_dir() or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}: its folder is not there, or it is a folder itself")
-    return text
