@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,22 @@ from minivllm.engine.batch import ScheduledBatch
 from minivllm.runner.forward_batch import QUERY_TILE
 from minivllm.runner.slots import Slots
 
-MAX_PADDED_PREFILLS = 16  # prompts in a mixed step that is padded to a graph's size
+MAX_PADDED_PREFILLS = 32  # prompts in a mixed step that is padded to a graph's size
+
+
+def padded_size(batch: ScheduledBatch, sizes: Sequence[int]) -> int | None:
+    """The least of `sizes` that the step can be padded to; None: it is run as it is."""
+    num_prefills = len(batch.slots) - batch.num_decodes
+    if num_prefills > MAX_PADDED_PREFILLS or batch.prompt_logprobs_rows:
+        return None
+    return next((size for size in sizes if size >= batch.num_tokens), None)
 
 
 def mixed_arrays(state: Slots, batch: ScheduledBatch, size: int | None) -> dict[str, np.ndarray]:
-    """What the model reads.  For a `size`, all shapes depend on it alone: tokens, rows and tiles are padded."""
+    """What the model reads.  For a `size`, all shapes depend on it alone: tokens, rows, tiles and outputs are padded.
+
+    The model's outputs are those of the rows that sample, and then of the tokens whose logprobs are wanted.
+    """
     slots = np.array(batch.slots, np.int32)
     num_computed = np.array(batch.num_computed, np.int32)
     num_scheduled = np.array(batch.num_scheduled, np.int32)
@@ -31,9 +43,17 @@ def mixed_arrays(state: Slots, batch: ScheduledBatch, size: int | None) -> dict[
         token_ids[query_start_loc[row] : query_start_loc[row + 1]] = known[begin : begin + num_scheduled[row]]
     seq_lens = num_computed + num_scheduled
     tiles = query_tiles(num_scheduled, num_decodes)
-    tokens, rows, decodes, num_tiles = num_tokens, len(slots), num_decodes, len(tiles)
+    ends = query_start_loc[1:]
+    outputs = [ends[batch.sampled_rows] - 1]
+    for row in batch.prompt_logprobs_rows:
+        outputs.append(query_start_loc[row] + np.arange(len(prompt_targets(state, batch, row))))
+    wanted = np.concatenate(outputs).astype(np.int32)
+    if not len(wanted):
+        wanted = ends[:1] - 1
+    tokens, rows, decodes, num_tiles, num_outputs = num_tokens, len(slots), num_decodes, len(tiles), len(wanted)
     if size is not None:
         tokens, decodes = size, min(size, state.padding)
+        num_outputs = decodes  # a row samples once at most
         rows = decodes + 1  # the last one is padding, to which padded tiles belong
         num_tiles = size // QUERY_TILE + MAX_PADDED_PREFILLS
     return {
@@ -46,16 +66,15 @@ def mixed_arrays(state: Slots, batch: ScheduledBatch, size: int | None) -> dict[
         "token_slots": _pad(slots[row_of_token], tokens, state.padding),
         "query_start_loc": _pad(query_start_loc, rows + 1, num_tokens),
         "query_tiles": _pad(tiles, num_tiles, [rows - 1, 0]),
+        "output_tokens": _pad(wanted, num_outputs, 0),
     }
 
 
-def prompt_part(slots: Slots, batch: ScheduledBatch, row: int) -> tuple[int, int, np.ndarray, np.ndarray]:
-    """Of a row that wants its prompt's logprobs: the row, its tokens in this step, the offsets of those which a
-    token of the prompt follows, and these tokens."""
-    slot, num_computed, num_scheduled = batch.slots[row], batch.num_computed[row], batch.num_scheduled[row]
-    count = min(num_scheduled, int(slots.num_prompt_tokens[slot]) - 1 - num_computed)
-    targets = slots.token_ids[slot][num_computed + 1 : num_computed + 1 + count]
-    return row, num_scheduled, np.arange(count), targets
+def prompt_targets(state: Slots, batch: ScheduledBatch, row: int) -> np.ndarray:
+    """Of a row that wants its prompt's logprobs: the tokens of the prompt that follow those of this step."""
+    begin = batch.num_computed[row] + 1
+    end = min(begin + batch.num_scheduled[row], int(state.num_prompt_tokens[batch.slots[row]]))
+    return state.token_ids[batch.slots[row]][begin:end]
 
 
 def query_tiles(num_scheduled: np.ndarray, num_decodes: int) -> np.ndarray:

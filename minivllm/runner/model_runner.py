@@ -24,7 +24,7 @@ from minivllm.runner.drafts import expand, keep_last_accepted, put_drafts
 from minivllm.runner.forward_batch import ForwardBatch
 from minivllm.runner.logits import needs_processing, process_logits, to_device, token_logprobs
 from minivllm.runner.memory import allocate_kv_cache, kv_cache_blocks
-from minivllm.runner.mixed_arrays import MAX_PADDED_PREFILLS, mixed_arrays, prompt_part
+from minivllm.runner.mixed_arrays import mixed_arrays, padded_size, prompt_targets
 from minivllm.runner.pending_step import PendingStep, Sampled
 from minivllm.runner.sampler import SamplingInputs, sample, sampling_arrays, sampling_inputs
 from minivllm.runner.slots import Slots
@@ -33,6 +33,7 @@ from minivllm.runner.warm_up import compile_kernels
 from minivllm.sampling_params import SamplingParams
 
 Changes = tuple[np.ndarray, np.ndarray]  # of the block table: flat indices, values
+Arrays = dict[str, np.ndarray]
 Tensors = dict[str, torch.Tensor]
 MAX_LOGITS_ROWS = 256  # of a prompt whose logprobs are wanted, at once
 
@@ -222,45 +223,30 @@ class ModelRunner:
 
     def _mixed_step(self, batch: ScheduledBatch, changes: Changes) -> Sampled:
         """Decodes and chunks of prompts in one pass."""
-        size = next((size for size in self.mixed_sizes if size >= batch.num_tokens), None)
-        if len(batch.slots) - batch.num_decodes > MAX_PADDED_PREFILLS:
-            size = None
+        size = padded_size(batch, self.mixed_sizes)
         arrays = mixed_arrays(self.slots, batch, size)
         sampled = np.array(batch.sampled_rows, np.int32)
-        slots, seq_lens, ends = arrays["slots"][sampled], arrays["seq_lens"][sampled], arrays["query_start_loc"][1:]
-        prompts = [prompt_part(self.slots, batch, row) for row in batch.prompt_logprobs_rows]
-        output_tokens = [ends[sampled] - 1, *(ends[row] - num + offsets for row, num, offsets, _ in prompts)]
-        wanted = np.concatenate(output_tokens).astype(np.int32)
-        arrays["output_tokens"] = wanted if len(wanted) else ends[:1] - 1
+        slots, seq_lens = arrays["slots"][sampled], arrays["seq_lens"][sampled]
         tensors = self._upload(arrays | sampling_arrays(self.slots, slots, seq_lens), changes)
-        if size is None:
-            x, residual = self._mixed(tensors, arrays, tensors["output_tokens"])
-        else:
-            output = self.graphs.replay("mixed", size) or self._mixed(tensors)
-            x, residual = (part[tensors["output_tokens"]] for part in output)
-        num_sampled = len(sampled)
+        output = None if size is None else self.graphs.replay("mixed", size)
+        x, residual = output or self._mixed(tensors, arrays)
+        begin = len(sampled)
         result = Sampled(self.last_token[:0])
-        if num_sampled:
-            logits = self.model.compute_logits(x[:num_sampled], residual[:num_sampled])
-            inputs = sampling_inputs(tensors, num_sampled)
+        if begin:
+            logits = self.model.compute_logits(x[:begin], residual[:begin])
+            inputs = sampling_inputs(tensors, begin)
             result = self._sample(logits, slots, seq_lens, inputs, batch)
-        begin = num_sampled
-        for row, _, _, targets in prompts:
+        for row in batch.prompt_logprobs_rows:
             num_top = int(self.slots.num_prompt_logprobs[batch.slots[row]])
             result.prompt_logprobs.append([])
-            for part in to_device(targets, self.device).split(MAX_LOGITS_ROWS):
+            for part in to_device(prompt_targets(self.slots, batch, row), self.device).split(MAX_LOGITS_ROWS):
                 end = begin + len(part)
                 logits = self.model.compute_logits(x[begin:end], residual[begin:end])
                 result.prompt_logprobs[-1].append(token_logprobs(logits, part, num_top))
                 begin = end
         return result
 
-    def _mixed(
-        self,
-        tensors: Tensors,
-        host: dict[str, np.ndarray] | None = None,
-        output_tokens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mixed(self, tensors: Tensors, host: Arrays | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's part of a mixed step.  This is what graphs capture.  `host`: the same on the host, for the torch
         backend, which is never captured."""
         last_tokens, token_ids = self.last_token[tensors["token_slots"]], tensors["token_ids"]
@@ -274,7 +260,7 @@ class ModelRunner:
             query_start_loc=tensors["query_start_loc"],
             query_tiles=tensors["query_tiles"],
             decode_seq_lens=tensors["decode_seq_lens"],
-            output_tokens=output_tokens,
+            output_tokens=tensors["output_tokens"],
             host_seq_lens=[] if host is None else host["seq_lens"].tolist(),
             host_query_start_loc=[] if host is None else host["query_start_loc"].tolist(),
         )
