@@ -530,6 +530,20 @@ def test_deltas_of_a_sentencepiece_tokenizer(prompt_has_bytes):
         assert before + "".join(deltas) == after
 
 
+@pytest.mark.parametrize("token", [2, 10 + 0xFF], ids=["skipped", "no character"])
+def test_tokens_that_never_become_text_are_not_decoded_again_and_again(token):
+    """Special tokens, as where EOS is ignored, and bytes that are no UTF-8."""
+    tokenizer = sentencepiece_like()
+    detokenizer = Detokenizer(tokenizer, [1, 3], SamplingParams())
+    decode, lengths = detokenizer._decode, []
+    detokenizer._decode = lambda ids: lengths.append(len(ids)) or decode(ids)
+    for _ in range(500):
+        detokenizer.append([token], False)
+    assert max(lengths) < 70
+    assert detokenizer.append([4, 9], True).endswith(" world.")
+    assert detokenizer.text == ("" if token == 2 else "\ufffd" * 500) + " world."
+
+
 # ---- when something goes wrong midway
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from minivllm import LLM, SamplingParams
 from minivllm.config import EngineConfig
-from minivllm.engine.batch import MAX_DRAFT_ROWS
+from minivllm.engine.batch import MAX_DRAFT_ROWS, StepResult
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.ngram import NgramConfig, NgramDrafter, accepted
+from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
 
 NGRAM = dict(method="ngram", num_speculative_tokens=4, prompt_lookup_min=1, prompt_lookup_max=3)
@@ -185,10 +186,47 @@ def test_all_wait_for_the_drafts_of_a_few_only_where_that_pays_all():
     for num_others, waits in ((0, True), (7, True), (8, False), (30, False)):
         scheduler.running = [drafting] + [plain] * num_others
         assert scheduler.waits_for_tokens == waits
-    scheduler.running = [drafting] * 31
-    assert scheduler.waits_for_tokens
-    scheduler.running = [drafting] * 32  # no room for a draft
-    assert not scheduler.waits_for_tokens
+    for num_drafting, waits in ((21, True), (22, False), (32, False)):  # room for 11 drafts, for 10, for none
+        scheduler.running = [drafting] * num_drafting
+        assert scheduler.waits_for_tokens == waits
+
+
+class Eager:
+    """A drafter that is always sure, and finds `found` tokens."""
+
+    def __init__(self, found):
+        self.found, self.given = found, []
+
+    def expected(self, num_tokens):
+        return 5.0
+
+    def propose(self, token_ids, most):
+        self.given.append(most)
+        return [7] * min(most, self.found)
+
+    def learn(self, num_accepted, num_tokens):
+        pass
+
+
+def drafts_of_a_step(num_requests, room, found=9, num_before=0):
+    """{row: tokens drafted} in a step of decodes."""
+    scheduler = Scheduler(BlockManager(64, 16, False), 16, 64, [], max_draft_rows=num_requests + room)
+    for i in range(num_requests):
+        params = SamplingParams(max_tokens=40)
+        scheduler.add(Request(str(i), [1, 2], params, max_num_tokens=42, seed=0, arrival_time=0, drafter=Eager(found)))
+    for _ in range(1 + num_before):
+        batch = scheduler.schedule()
+        drafted = [[0] * len(tokens) for _, tokens in batch.drafts]
+        scheduler.update(StepResult([0] * num_requests, draft_tokens=[[*tokens, 0] for tokens in drafted]))
+    return {row: len(tokens) for row, tokens in scheduler.schedule().drafts}
+
+
+def test_requests_share_the_room_for_drafts():
+    assert sorted(drafts_of_a_step(3, 12).items()) == [(0, 4), (1, 4), (2, 4)]
+    assert sorted(drafts_of_a_step(3, 8).values()) == [2, 3, 3]
+    assert sorted(drafts_of_a_step(4, 40, found=2).values()) == [2, 2, 2, 2]
+    rows = [row for turn in range(4) for row in drafts_of_a_step(4, 1, num_before=turn)]
+    assert sorted(rows) == [0, 1, 2, 3], "each has its turn where there is no room for all"
 
 
 def test_accepted():

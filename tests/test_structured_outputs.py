@@ -1,11 +1,15 @@
 """Structured outputs: what comes out follows the grammar, whatever runs beside it."""
 
 import json
+import pickle
 import re
 
+import numpy as np
 import pytest
 
 from minivllm import LLM, SamplingParams, StructuredOutputsParams
+from minivllm.engine.batch import ScheduledBatch
+from minivllm.engine.grammar import TokenMasks
 
 SCHEMA = {
     "type": "object",
@@ -87,6 +91,21 @@ def test_any_object(llm):
     completions = llm.generate("An object: ", params, use_tqdm=False)[0].outputs
     ended = [json.loads(c.text) for c in completions if c.finish_reason == "stop"]
     assert ended and all(isinstance(value, dict) for value in ended)
+
+
+def test_masks_go_to_workers_worked_out(llm):
+    """As words, since a grammar stays where its engine is."""
+    tokenizer = llm.get_tokenizer()
+    masks = TokenMasks()
+    for place, choice in ((2, ["no", "none"]), (5, ["yes"])):
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=choice))
+        masks.add(place, llm.engine._grammar(params))
+    sent = pickle.loads(pickle.dumps(ScheduledBatch(token_masks=masks))).token_masks
+    assert sent.places == [2, 5] and (sent.words() == masks.words()).all()
+    bits = np.unpackbits(sent.words().view(np.uint8), axis=1, bitorder="little")
+    for row, word in zip(bits, ("none", "yes"), strict=True):
+        allowed = {tokenizer.decode([token]) for token in np.flatnonzero(row)}
+        assert allowed and all(text and word.startswith(text) for text in allowed)
 
 
 def test_options_that_leave_nothing_end_the_request(llm):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from minivllm.engine.grammar import TokenMasks
 from minivllm.sampling_params import LogitsProcessor, SamplingParams
 
 MAX_DRAFT_ROWS = 64  # of a step that computes drafts, these included; on a GPU, rows up to there cost next to nothing
@@ -45,8 +44,7 @@ class ScheduledBatch:
     sampled_rows: list[int] = field(default_factory=list)  # rows that reach their last token, so sample the next
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)  # slot, first column, block ids
     prompt_logprobs_rows: list[int] = field(default_factory=list)  # rows whose prompt tokens' logprobs are wanted
-    # For some of `sampled_rows`, by their number there: the tokens they may sample, 32 to a word.
-    token_masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    token_masks: TokenMasks = field(default_factory=TokenMasks)  # by number in `sampled_rows`
     # For some of `sampled_rows`, by their number there: functions to call on their logits, ids of prompt and output.
     processors: list[tuple[int, list[LogitsProcessor], list[int], list[int]]] = field(default_factory=list)
     # In a step of decodes only, for some rows: tokens that may follow theirs, to be computed too.  A token is sampled

@@ -1,11 +1,12 @@
 """Structured outputs: which tokens a grammar allows next, worked out by llguidance (the extra `structured`).
 
 The mask for a token hangs on the one before it, so while a request with a grammar runs, each step's tokens are read
-before the next step is scheduled.
+before the next step is scheduled.  The masks themselves are worked out while the model runs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import OrderedDict
 from collections.abc import Collection
@@ -22,20 +23,49 @@ class Grammar:
     """How far one request's output has come in its grammar."""
 
     def __init__(self, matcher: Any, num_words: int) -> None:
-        self._matcher = matcher
-        self._num_words = num_words
-
-    def next_token_mask(self) -> np.ndarray:
-        """[vocab / 32] int32: bit i of word w is set if token 32 w + i may come next."""
-        import llguidance.numpy
-
-        mask = np.zeros((1, self._num_words), np.int32)
-        llguidance.numpy.fill_next_token_bitmask(self._matcher, mask)
-        return mask[0]
+        self.matcher = matcher
+        self.num_words = num_words  # of a mask: the vocabulary by 32
 
     def accept(self, token: int) -> bool:
         """Go on by a token; False if the grammar does not allow it."""
-        return bool(self._matcher.try_consume_tokens([token]) == 1 and not self._matcher.is_error())
+        return bool(self.matcher.try_consume_tokens([token]) == 1 and not self.matcher.is_error())
+
+
+class TokenMasks:
+    """What some of a step's requests may sample.  A process that gets them from another gets finished ones."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []  # the requests' numbers among those that sample
+        self._grammars: list[Grammar] = []
+        self._words: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def add(self, place: int, grammar: Grammar) -> None:
+        self.places.append(place)
+        self._grammars.append(grammar)
+
+    def words(self) -> np.ndarray:
+        """[masks, vocab / 32] int32: bit i of word w is set if token 32 w + i may come next.  Worked out, on several
+        cores, when first asked for; until then the grammars must not go on."""
+        if self._words is None:
+            from llguidance.numpy import fill_next_token_bitmask_par
+
+            self._words = np.zeros((len(self._grammars), self._grammars[0].num_words), np.int32)
+            matchers = [(grammar.matcher, row) for row, grammar in enumerate(self._grammars)]
+            fill_next_token_bitmask_par(_threads(), matchers, self._words)
+        return self._words
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"places": self.places, "_grammars": [], "_words": self.words() if self.places else None}
+
+
+@functools.cache
+def _threads() -> Any:
+    from llguidance import LLExecutor
+
+    return LLExecutor()
 
 
 class GrammarCompiler:

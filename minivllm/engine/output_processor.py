@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minivllm.engine.batch import TokenLogprobs
-from minivllm.engine.detokenizer import Detokenizer
+from minivllm.engine.detokenizer import Detokenizer, decoder
 from minivllm.engine.request import Request
 from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -22,6 +22,8 @@ class Sample:
     detokenizer: Detokenizer | None
     num_reported_tokens: int = 0
     num_reported_characters: int = 0
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of the tokens so far, if asked for
+    cumulative_logprob: float = 0.0
 
 
 @dataclass(slots=True)
@@ -45,6 +47,7 @@ class OutputProcessor:
         self.groups: dict[str, Group] = {}  # unfinished ones
         self._tokenizer = tokenizer
         self._places: dict[Request, tuple[Group, Sample]] = {}
+        self._decode = decoder(tokenizer)
         self._token_texts: dict[int, str] = {}
 
     def add(self, request_id: str, prompt: str | None, params: SamplingParams, requests: list[Request]) -> None:
@@ -71,9 +74,10 @@ class OutputProcessor:
         """The outputs that are due when `requests` got a token or ended."""
         changed: dict[str, list[Sample]] = {}
         for request in requests:
+            group, sample = self._places[request]
+            self._add_logprobs(sample)  # each step's own: at the end, all at once would hold up the next step
             if request.params.output_kind == RequestOutputKind.FINAL_ONLY and not request.finished:
                 continue
-            group, sample = self._places[request]
             changed.setdefault(group.request_id, []).append(sample)
         outputs = []
         for request_id, samples in changed.items():
@@ -119,16 +123,13 @@ class OutputProcessor:
             text = sample.detokenizer.visible_text(request.finished)
             begin_text = sample.num_reported_characters if delta else 0
             sample.num_reported_characters, text = len(text), text[begin_text:]
-        logprobs = total = None
-        if request.params.logprobs is not None:
-            logprobs = [self._logprobs(*pair) for pair in zip(token_ids, request.logprobs[begin:], strict=True)]
-            total = sum(entry.logprob for entry in request.logprobs)
+        asked = request.params.logprobs is not None
         return CompletionOutput(
             index=sample.index,
             text=text,
             token_ids=token_ids,
-            cumulative_logprob=total,
-            logprobs=logprobs,
+            cumulative_logprob=sample.cumulative_logprob if asked else None,
+            logprobs=sample.logprobs[begin:] if asked else None,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
@@ -142,6 +143,13 @@ class OutputProcessor:
             token_ids.pop()
         detokenizer.append(token_ids[detokenizer.num_tokens :], request.finished)
 
+    def _add_logprobs(self, sample: Sample) -> None:
+        request, known = sample.request, len(sample.logprobs)
+        for place in range(known, len(request.logprobs)):
+            entry = request.logprobs[place]
+            sample.logprobs.append(self._logprobs(request.token_ids[request.num_prompt_tokens + place], entry))
+            sample.cumulative_logprob += entry.logprob
+
     def _logprobs(self, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
         found = {token_id: Logprob(entry.logprob, entry.rank, self._text(token_id))}
         for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
@@ -152,5 +160,5 @@ class OutputProcessor:
         if self._tokenizer is None:
             return None
         if token_id not in self._token_texts:
-            self._token_texts[token_id] = self._tokenizer.decode([token_id])
+            self._token_texts[token_id] = self._decode([token_id])
         return self._token_texts[token_id]

@@ -141,7 +141,7 @@ class Scheduler:
                 place = len(batch.sampled_rows)
                 assert not (request.needs_tokens and request.num_in_flight), "the token before must be known"
                 if request.grammar is not None:
-                    batch.token_masks.append((place, request.grammar.next_token_mask()))
+                    batch.token_masks.add(place, request.grammar)
                 if (functions := request.params.logits_processors) is not None:
                     num_prompt = request.num_prompt_tokens
                     tokens = request.token_ids[:num_prompt], request.token_ids[num_prompt:]
@@ -292,23 +292,30 @@ class Scheduler:
         """
         if self.num_needing_tokens > 0 or any(drafts for _, _, drafts in self._in_flight):
             return True
-        if len(self.running) >= self.max_draft_rows:
+        room = self.max_draft_rows - len(self.running)
+        if room <= 0:
             return False
         expected = sum(r.drafter.expected(len(r.token_ids)) for r in self.running if r.drafter is not None)
-        return expected > 0 and expected >= WORTH * len(self.running)
+        return expected > 0 and min(expected, room) >= WORTH * len(self.running)
 
     def _draft(self, batch: ScheduledBatch, decodes: list[Request], budget: int) -> list[Draft]:
-        """Add drafts to a step of decodes, as far as there is room for them."""
+        """Add drafts to a step of decodes: an equal share of the room for each request that may have one."""
         room = min(budget, self.max_draft_rows - len(decodes))
         drafts: list[Draft] = []
         if room <= 0:
             return drafts
-        for row, request in enumerate(decodes):
-            drafter = request.drafter
-            if drafter is None or request.num_in_flight or not drafter.expected(request.num_tokens):
-                continue
+        places = [
+            (row, request, request.drafter)
+            for row, request in enumerate(decodes)
+            if request.drafter is not None
+            and not request.num_in_flight
+            and request.drafter.expected(request.num_tokens)
+        ]
+        first = self.stats.num_steps % max(1, len(places))  # takes turns where there is no room for all
+        for i, (row, request, drafter) in enumerate(places[first:] + places[:first]):
+            share = max(1, room // (len(places) - i))
             # The last token that a request may have is never computed.
-            most = min(room, request.max_num_tokens - request.num_tokens - 1)
+            most = min(room, share, request.max_num_tokens - request.num_tokens - 1)
             tokens = drafter.propose(request.token_ids, most) if most > 0 else []
             column = len(request.block_ids)
             blocks = self.block_manager.grow(request, request.num_computed_tokens + len(tokens))

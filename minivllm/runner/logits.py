@@ -40,11 +40,11 @@ def process_logits(
 ) -> torch.Tensor:
     """A float32 copy of the logits [R, vocab] of slots `rows` [R], now `seq_lens` [R] tokens long, with what they ask
     for done.  batch: with what the host has worked out for some rows: the tokens they may sample at all, functions to
-    call."""
+    call.  The masks are worked out here, while the device still computes the logits."""
     batch = batch or ScheduledBatch()
     logits = logits.to(torch.float32, copy=True)
     if batch.token_masks:
-        _apply_masks(logits, batch.token_masks)
+        _apply_masks(logits, batch)
     asked = [(i, slots.allowed_token_ids[slot]) for i, slot in enumerate(rows.tolist())]
     allowed = [(i, ids) for i, ids in asked if ids is not None]
     if allowed:
@@ -54,7 +54,7 @@ def process_logits(
         logits[index] = kept
     if any(slots.bad_word_ids[slot] for slot in rows):
         _exclude_bad_words(logits, slots, rows, seq_lens, history)
-    masked = {i for i, _ in batch.token_masks}  # a grammar may allow nothing but the end
+    masked = set(batch.token_masks.places)  # a grammar may allow nothing but the end
     short = np.flatnonzero(_num_outputs(slots, rows, seq_lens) < slots.min_tokens[rows]).tolist()
     short = [i for i in short if i not in masked]
     if any(slots.stop_token_ids[rows[i]] for i in short):
@@ -88,10 +88,10 @@ def _call(
     return changed
 
 
-def _apply_masks(logits: torch.Tensor, token_masks: Sequence[tuple[int, np.ndarray]]) -> None:
+def _apply_masks(logits: torch.Tensor, batch: ScheduledBatch) -> None:
     device = logits.device
-    rows = to_device(np.array([row for row, _ in token_masks], np.int64), device)
-    words = to_device(np.stack([mask for _, mask in token_masks]), device)  # [masks, vocab / 32]
+    rows = to_device(np.array(batch.token_masks.places, np.int64), device)
+    words = to_device(batch.token_masks.words(), device)  # [masks, vocab / 32]
     bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
     allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
     logits[rows] = logits[rows].masked_fill(~allowed, NEVER)

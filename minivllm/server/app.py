@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hmac
 import json
 import signal
@@ -241,6 +242,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what is there stays, and a collection that goes through it would stop all streams
         assert sockets is not None
         host, port = sockets[0].getsockname()[:2]
         place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
