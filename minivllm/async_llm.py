@@ -142,19 +142,24 @@ class AsyncLLM:
     ) -> None:
         self._error: str | None = None
         self._is_shut_down = False
-        # What is fetched or converted is so once, here; the engine finds it done.
-        files = resolve(
-            None if model is None else os.fspath(model), tokenizer, revision,
-            need_tokenizer=not skip_tokenizer_init, need_weights=arguments.get("load_format") != "dummy",
-            pickled=arguments.get("load_format") == "pt",
-        )  # fmt: skip
-        self.model = files.name
-        # A wrong template shows before anything is loaded.
-        inputs = InputProcessor(files.load_tokenizer(), chat_template, files.generation_config, 0)
-        self._start(model, {"tokenizer": tokenizer, "revision": revision,
-                            "skip_tokenizer_init": skip_tokenizer_init, **arguments})  # fmt: skip
-        inputs.max_model_len = self.facts.max_model_len
-        self.inputs = inputs
+        self._process, self._connection = start_process("minivllm.engine_process")  # imports what it needs meanwhile
+        try:
+            # What is fetched or converted is so once, here; the engine finds it done.
+            files = resolve(
+                None if model is None else os.fspath(model), tokenizer, revision,
+                need_tokenizer=not skip_tokenizer_init, need_weights=arguments.get("load_format") != "dummy",
+                pickled=arguments.get("load_format") == "pt",
+            )  # fmt: skip
+            self.model = files.name
+            # A wrong template shows before anything is loaded.
+            self.inputs = InputProcessor(files.load_tokenizer(), chat_template, files.generation_config, 0)
+            self.facts = self._load(model, {"tokenizer": tokenizer, "revision": revision,
+                                            "skip_tokenizer_init": skip_tokenizer_init, **arguments})  # fmt: skip
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+        self.inputs.max_model_len = self.facts.max_model_len
         self._metrics = self.facts.metrics
         self._streams: dict[str, OutputStream] = {}
         self._calls: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]] = {}
@@ -163,22 +168,17 @@ class AsyncLLM:
         self._sending = threading.Lock()
         threading.Thread(target=self._receive, daemon=True).start()
 
-    def _start(self, model: Any, arguments: dict[str, Any]) -> None:
-        """Start the engine's process and wait until it is ready."""
-        self._process, self._connection = start_process("minivllm.engine_process")
+    def _load(self, model: Any, arguments: dict[str, Any]) -> EngineFacts:
+        """Have the engine's process load the model; returns when it is ready."""
         try:
             self._connection.send((model, arguments))
             word, *content = self._connection.recv()
         except (EOFError, OSError):
             raise EngineDeadError(f"the engine's process ended with status {self._process.wait()}") from None
-        except BaseException:
-            self._process.kill()
-            raise
         if word == "failed":
-            self._process.wait()
             error, trace = content
             raise error or EngineDeadError(trace)
-        self.facts: EngineFacts = content[0]
+        return content[0]
 
     async def add_request(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None

@@ -147,10 +147,13 @@ class EngineLoop:
 def main(file_descriptor: int) -> None:
     """What the process runs: makes the LLM that its parent describes over the connection, and serves it."""
     connection = connect(file_descriptor)
-    model, arguments = connection.recv()
     try:
-        from minivllm.llm import LLM
+        from minivllm.llm import LLM  # takes seconds, in which the parent finds the model's files
 
+        try:
+            model, arguments = connection.recv()
+        except EOFError:
+            return  # it has found none
         llm = LLM(model, **arguments)
     except BaseException as error:
         connection.send(("failed", error if isinstance(error, (ValueError, OSError)) else None, traceback.format_exc()))

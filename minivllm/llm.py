@@ -299,8 +299,8 @@ def _heap_left_alone() -> Iterator[None]:
     if gc.get_freeze_count():  # the program has seen to it
         yield
         return
-    gc.freeze()
     try:
+        gc.freeze()
         yield
     finally:
         gc.unfreeze()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from minivllm import LLM, SamplingParams
+from minivllm.runner.cuda_graph import StepGraphs
 from minivllm.runner.step_inputs import StepInputs
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +56,33 @@ def test_graph_equals_eager_bitwise(tiny, num_blocks):
             assert (preemptions > 0) == (num_blocks == 20)
             llm.engine.scheduler.check_integrity()
     assert results[True] == results[False]
+
+
+def test_large_mixed_graphs_equal_eager_bitwise(tiny, monkeypatch):
+    """Steps of 60 to 1,300 tokens: whole prompts, and behind them chunks and decodes."""
+    replayed, original = set(), StepGraphs.replay
+
+    def replay(self, kind, size):
+        output = original(self, kind, size)
+        if output is not None:
+            replayed.add((kind, size))
+        return output
+
+    monkeypatch.setattr(StepGraphs, "replay", replay)
+    batches = [[[(7 * i + 3 * j) % 150 for j in range(60 + 2 * i)] for i in range(size)] for size in (1, 3, 9, 17)]
+    results = {}
+    for eager in (True, False):
+        results[eager] = []
+        for budget in (8192, 700):
+            with LLM(
+                tiny("gqa-tied"), dtype="bfloat16", skip_tokenizer_init=True, block_size=16, max_num_seqs=17,
+                max_model_len=100, kv_cache_memory_bytes=1 << 21, enforce_eager=eager, max_num_batched_tokens=budget,
+                enable_prefix_caching=False,
+            ) as llm:  # fmt: skip
+                params = SamplingParams(max_tokens=4, **GREEDY)
+                results[eager].append([generate(llm, batch, params) for batch in batches])
+    assert results[True] == results[False]
+    assert {size for kind, size in replayed if kind == "mixed"} >= {64, 192, 640, 1408}
 
 
 def test_nothing_compiles_after_warm_up(tiny):

@@ -1,6 +1,7 @@
 """The front door: what goes in, what is refused, what comes out, and what happens when something goes wrong midway."""
 
 import ast
+import gc
 import json
 import os
 import random
@@ -530,18 +531,28 @@ def test_deltas_of_a_sentencepiece_tokenizer(prompt_has_bytes):
         assert before + "".join(deltas) == after
 
 
+@pytest.mark.parametrize("prompt", [[1, 3], [1]], ids=["context", "no context"])
 @pytest.mark.parametrize("token", [2, 10 + 0xFF], ids=["skipped", "no character"])
-def test_tokens_that_never_become_text_are_not_decoded_again_and_again(token):
+def test_tokens_that_never_become_text_are_not_decoded_again_and_again(token, prompt):
     """Special tokens, as where EOS is ignored, and bytes that are no UTF-8."""
     tokenizer = sentencepiece_like()
-    detokenizer = Detokenizer(tokenizer, [1, 3], SamplingParams())
+    detokenizer = Detokenizer(tokenizer, prompt, SamplingParams())
     decode, lengths = detokenizer._decode, []
     detokenizer._decode = lambda ids: lengths.append(len(ids)) or decode(ids)
     for _ in range(500):
         detokenizer.append([token], False)
     assert max(lengths) < 70
-    assert detokenizer.append([4, 9], True).endswith(" world.")
-    assert detokenizer.text == ("" if token == 2 else "\ufffd" * 500) + " world."
+    detokenizer.append([4, 9], True)
+    begins_text = token == 2 and prompt == [1]  # where the space is stripped
+    assert detokenizer.text == ("" if token == 2 else "\ufffd" * 500) + ("world." if begins_text else " world.")
+
+
+def test_a_character_at_the_end_of_many_tokens_at_once_is_waited_for():
+    """As of a draft."""
+    detokenizer = Detokenizer(sentencepiece_like(), [1, 3], SamplingParams())
+    first, second, third = (10 + byte for byte in "你".encode())
+    assert detokenizer.append([4] * 40 + [first, second], False) == ""
+    assert detokenizer.append([third], False) == " world" * 40 + "你"
 
 
 # ---- when something goes wrong midway
@@ -584,6 +595,27 @@ def test_an_error_reaches_the_caller_and_the_engine_works_on(either_llm, monkeyp
             llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert not llm.engine.scheduler.requests
     assert tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_the_collector_is_kept_off_the_heap_only_while_generating(either_llm, monkeypatch):
+    """Also when generating fails; a heap that the program has frozen stays so."""
+    llm, _ = either_llm
+    counts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            llm.engine,
+            "executor",
+            Faulty(llm.engine.executor, 2, lambda: (counts.append(gc.get_freeze_count()), raise_error())),
+        )
+        with pytest.raises(RuntimeError, match="on fire"):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert counts[0] > 0 and gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("where", ["execute", "wait"])

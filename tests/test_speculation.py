@@ -195,13 +195,12 @@ class Eager:
     """A drafter that is always sure, and finds `found` tokens."""
 
     def __init__(self, found):
-        self.found, self.given = found, []
+        self.found = found
 
     def expected(self, num_tokens):
         return 5.0
 
     def propose(self, token_ids, most):
-        self.given.append(most)
         return [7] * min(most, self.found)
 
     def learn(self, num_accepted, num_tokens):
@@ -216,8 +215,8 @@ def drafts_of_a_step(num_requests, room, found=9, num_before=0):
         scheduler.add(Request(str(i), [1, 2], params, max_num_tokens=42, seed=0, arrival_time=0, drafter=Eager(found)))
     for _ in range(1 + num_before):
         batch = scheduler.schedule()
-        drafted = [[0] * len(tokens) for _, tokens in batch.drafts]
-        scheduler.update(StepResult([0] * num_requests, draft_tokens=[[*tokens, 0] for tokens in drafted]))
+        after = [[0] * len(tokens) for _, tokens in batch.drafts]
+        scheduler.update(StepResult([0] * num_requests, draft_tokens=after))
     return {row: len(tokens) for row, tokens in scheduler.schedule().drafts}
 
 

@@ -22,7 +22,7 @@ def test_same_tokens_as_torch(tiny, name):
     tokens = {}
     for backend in ("torch", "triton"):
         with LLM(
-            tiny(name), backend=backend, skip_tokenizer_init=True, block_size=16, max_num_batched_tokens=24,
+            tiny(name), backend=backend, skip_tokenizer_init=True, block_size=16, max_num_batched_tokens=40,
             kv_cache_memory_bytes=1 << 20,
         ) as llm:  # fmt: skip
             outputs = llm.generate(PROMPTS, params, use_tqdm=False)

@@ -11,8 +11,9 @@ from typing import Any
 
 from minivllm.sampling_params import SamplingParams
 
-NUM_CONTEXT_TOKENS = 5  # once so many have come since, older tokens are no longer decoded again
-MAX_PENDING_TOKENS = 32  # a character has four bytes, so what is not complete by then never will be
+NUM_CONTEXT_TOKENS = 5  # of context, or new at once: what was context before is then no longer decoded
+MAX_PENDING_TOKENS = 32  # without any text: nothing will come of them
+HOPELESS = "\ufffd" * 16  # no character has so many bytes that it could still be one
 
 
 def decoder(
@@ -50,15 +51,17 @@ class Detokenizer:
 
     def append(self, token_ids: Sequence[int], finished: bool) -> str:
         """Take new tokens; returns the text they complete.  A character cut short is held back until `finished`."""
+        if not token_ids and not finished:
+            return ""
         self.num_tokens += len(token_ids)
         self._token_ids.extend(token_ids)
         text = self._decode(self._token_ids)
         num_pending = len(self._token_ids) - self._num_context
-        if text == self._context != "":  # special tokens, which are skipped
+        if text == self._context and num_pending > MAX_PENDING_TOKENS:  # special tokens, which are skipped
             del self._token_ids[self._num_context :]
         if len(text) <= len(self._context):
             return ""
-        if text.endswith("\ufffd") and not finished and num_pending <= MAX_PENDING_TOKENS:
+        if text.endswith("\ufffd") and not text.endswith(HOPELESS) and not finished:
             return ""
         new = text[len(self._context) :]
         self.text += new

@@ -1,7 +1,8 @@
 """Structured outputs: which tokens a grammar allows next, worked out by llguidance (the extra `structured`).
 
 The mask for a token hangs on the one before it, so while a request with a grammar runs, each step's tokens are read
-before the next step is scheduled.  The masks themselves are worked out while the model runs.
+before the next step is scheduled.  The masks themselves are worked out while the model runs, or, for workers in other
+processes, before.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Sample:
     detokenizer: Detokenizer | None
     num_reported_tokens: int = 0
     num_reported_characters: int = 0
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of the tokens so far, if asked for
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # if asked for; of a stream, those to be reported
     cumulative_logprob: float = 0.0
 
 
@@ -123,13 +123,17 @@ class OutputProcessor:
             text = sample.detokenizer.visible_text(request.finished)
             begin_text = sample.num_reported_characters if delta else 0
             sample.num_reported_characters, text = len(text), text[begin_text:]
-        asked = request.params.logprobs is not None
+        logprobs = None
+        if request.params.logprobs is not None:
+            logprobs = list(sample.logprobs)
+            if delta:
+                sample.logprobs.clear()
         return CompletionOutput(
             index=sample.index,
             text=text,
             token_ids=token_ids,
-            cumulative_logprob=sample.cumulative_logprob if asked else None,
-            logprobs=sample.logprobs[begin:] if asked else None,
+            cumulative_logprob=None if logprobs is None else sample.cumulative_logprob,
+            logprobs=logprobs,
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
@@ -144,11 +148,13 @@ class OutputProcessor:
         detokenizer.append(token_ids[detokenizer.num_tokens :], request.finished)
 
     def _add_logprobs(self, sample: Sample) -> None:
-        request, known = sample.request, len(sample.logprobs)
-        for place in range(known, len(request.logprobs)):
-            entry = request.logprobs[place]
-            sample.logprobs.append(self._logprobs(request.token_ids[request.num_prompt_tokens + place], entry))
+        """Take those of the newest tokens from the request."""
+        request = sample.request
+        begin = len(request.token_ids) - len(request.logprobs)
+        for token_id, entry in zip(request.token_ids[begin:], request.logprobs, strict=True):
+            sample.logprobs.append(self._logprobs(token_id, entry))
             sample.cumulative_logprob += entry.logprob
+        request.logprobs.clear()
 
     def _logprobs(self, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
         found = {token_id: Logprob(entry.logprob, entry.rank, self._text(token_id))}

@@ -74,7 +74,7 @@ class Request:
         self.bad_word_ids = bad_word_ids or []
         self.grammar = grammar
         self.drafter = drafter
-        self.logprobs: list[TokenLogprobs] = []  # of the output tokens, if asked for
+        self.logprobs: list[TokenLogprobs] = []  # of the newest output tokens, if asked for
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on, if asked for
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None

@@ -302,8 +302,6 @@ class Scheduler:
         """Add drafts to a step of decodes: an equal share of the room for each request that may have one."""
         room = min(budget, self.max_draft_rows - len(decodes))
         drafts: list[Draft] = []
-        if room <= 0:
-            return drafts
         places = [
             (row, request, request.drafter)
             for row, request in enumerate(decodes)
@@ -311,7 +309,9 @@ class Scheduler:
             and not request.num_in_flight
             and request.drafter.expected(request.num_tokens)
         ]
-        first = self.stats.num_steps % max(1, len(places))  # takes turns where there is no room for all
+        if room <= 0 or not places:
+            return drafts
+        first = self.stats.num_steps % len(places)  # takes turns where there is no room for all
         for i, (row, request, drafter) in enumerate(places[first:] + places[:first]):
             share = max(1, room // (len(places) - i))
             # The last token that a request may have is never computed.
@@ -326,6 +326,8 @@ class Scheduler:
             batch.drafts.append((row, tokens))
             drafts.append((request, tokens))
             room -= len(tokens)
+            if room == 0:
+                break
         return drafts
 
     def _accept(self, result: StepResult, sampled: list[Request], drafts: list[Draft]) -> dict[Request, list[int]]:

@@ -1,8 +1,8 @@
 """StepGraphs: steps captured as CUDA graphs and replayed.
 
 The graph of a decode step runs everything from the embedding of the last sampled tokens to the sampling of the next
-ones, that of a small mixed step the model up to its last layer.  There is one for each padded size; the largest is
-captured first and all share one memory pool, so that together they take little more memory than it.
+ones, that of a mixed step of up to 2,048 tokens the model up to its last layer.  There is one for each padded size; the
+largest is captured first and all share one memory pool, so that together they take little more memory than it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 def mixed_graph_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Padded numbers of tokens of a mixed step: from 128 on in steps of 128, the rows that a matrix product takes
+    """Padded numbers of tokens of a mixed step: from 256 on in steps of 128, the rows that a matrix product takes
     together, so that padding costs little.  Larger steps take longer to run than to launch."""
     return [size for size in (32, 64, 128, 192, *range(256, 2049, 128)) if size <= max_num_batched_tokens]
 

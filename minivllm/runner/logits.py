@@ -40,7 +40,7 @@ def process_logits(
 ) -> torch.Tensor:
     """A float32 copy of the logits [R, vocab] of slots `rows` [R], now `seq_lens` [R] tokens long, with what they ask
     for done.  batch: with what the host has worked out for some rows: the tokens they may sample at all, functions to
-    call.  The masks are worked out here, while the device still computes the logits."""
+    call.  Masks are worked out when they are needed here, while a GPU still computes the logits."""
     batch = batch or ScheduledBatch()
     logits = logits.to(torch.float32, copy=True)
     if batch.token_masks:

@@ -11,19 +11,23 @@ from minivllm.engine.batch import ScheduledBatch
 from minivllm.runner.forward_batch import QUERY_TILE
 from minivllm.runner.slots import Slots
 
-MAX_PADDED_PREFILLS = 32  # prompts in a mixed step that is padded to a graph's size
-
 
 def padded_size(batch: ScheduledBatch, sizes: Sequence[int]) -> int | None:
     """The least of `sizes` that the step can be padded to; None: it is run as it is."""
-    num_prefills = len(batch.slots) - batch.num_decodes
-    if num_prefills > MAX_PADDED_PREFILLS or batch.prompt_logprobs_rows:
+    if batch.prompt_logprobs_rows:
         return None
-    return next((size for size in sizes if size >= batch.num_tokens), None)
+    num_tokens, num_prefills = batch.num_tokens, len(batch.slots) - batch.num_decodes
+    return next((size for size in sizes if size >= num_tokens and _max_prefills(size) >= num_prefills), None)
+
+
+def _max_prefills(size: int) -> int:
+    """Prompts that a step of so many tokens may have: each takes a tile of attention more than its tokens would."""
+    return 8 + size // 64
 
 
 def mixed_arrays(state: Slots, batch: ScheduledBatch, size: int | None) -> dict[str, np.ndarray]:
-    """What the model reads.  For a `size`, all shapes depend on it alone: tokens, rows, tiles and outputs are padded.
+    """What the model reads.  For a `size`, which `padded_size` has found, all shapes depend on it alone: tokens, rows,
+    tiles and outputs are padded.
 
     The model's outputs are those of the rows that sample, and then of the tokens whose logprobs are wanted.
     """
@@ -55,7 +59,7 @@ def mixed_arrays(state: Slots, batch: ScheduledBatch, size: int | None) -> dict[
         tokens, decodes = size, min(size, state.padding)
         num_outputs = decodes  # a row samples once at most
         rows = decodes + 1  # the last one is padding, to which padded tiles belong
-        num_tiles = size // QUERY_TILE + MAX_PADDED_PREFILLS
+        num_tiles = size // QUERY_TILE + _max_prefills(size)
     return {
         "slots": _pad(slots, rows, state.padding),
         "seq_lens": _pad(seq_lens, rows, 0),

@@ -7,6 +7,7 @@ It ends when the executor closes the connection, or is gone.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import queue
 import threading
@@ -42,6 +43,8 @@ class Worker:
             config = _placed(config, rank)
             tp = _join(config, rank, port)
             runner = ModelRunner(config, model_config, weights, tp)
+            gc.collect()
+            gc.freeze()  # what is there stays, and all workers wait for one that goes through it
             self._say(("done", runner.num_blocks))
             if rank == 0:
                 threading.Thread(target=self._answer, args=(config.device,), daemon=True).start()
