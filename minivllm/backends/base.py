@@ -12,9 +12,13 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
+    from minivllm.kernels import Inbox
+    from minivllm.parallel import Summand
     from minivllm.runner.forward_batch import ForwardBatch
 
 KVCache = tuple[torch.Tensor, torch.Tensor]  # K and V of one layer, each [blocks, block_size, K, D]
+
+SPLIT_SIZE = 4096  # token ids that sampling takes together
 
 QKNorm = tuple[torch.Tensor, torch.Tensor, float]  # the weights for heads of Q and of K, each [D]; epsilon
 
@@ -38,6 +42,12 @@ class Backend(ABC):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + b.  x: [T, in]; weight: [out, in], of `pack`; bias: [out].  Returns [T, out]."""
 
+    def linear_into(
+        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The same, written to `out` [T, out]."""
+        return out.copy_(self.linear(x, weight, bias))
+
     def fp8_linear(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
@@ -56,6 +66,13 @@ class Backend(ABC):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(rms_norm(x + residual), x + residual); `residual` may be overwritten."""
+
+    def sum_rms_norm(
+        self, x: Summand, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the sum of all workers' x, without a residual or with one; x or `residual` may be overwritten.
+        Only for backends whose kernels exchange values between GPUs."""
+        raise NotImplementedError
 
     @abstractmethod
     def activate_and_mul(self, gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
@@ -93,6 +110,21 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """A token a row of logits [R, vocab], greedy where temperature is 0, also stored as last_token[slots].
         Stateless: the random numbers are a hash of (seed, position in the output).  Returns [R] int32."""
+
+    def sample_share(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        last_token: torch.Tensor,
+        slots: torch.Tensor,
+        first_id: int,
+        inbox: Inbox,
+    ) -> torch.Tensor:
+        """The same where each worker has the logits of a range of token ids, here from `first_id` on, a multiple of
+        SPLIT_SIZE.  Only for backends whose kernels exchange values between GPUs."""
+        raise NotImplementedError
 
     @abstractmethod
     def truncate(

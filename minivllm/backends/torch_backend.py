@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from minivllm.backends.base import Backend, KVCache, QKNorm
+from minivllm.backends.base import SPLIT_SIZE, Backend, KVCache, QKNorm
 from minivllm.runner.forward_batch import ForwardBatch
 
-SPLIT_SIZE = 4096  # of the vocabulary, as in kernels/sample.py
 FIRST_SPLIT = 1 << 30  # ids of the noise of splits
 NEVER = float("-inf")
 

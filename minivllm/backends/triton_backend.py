@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from minivllm import kernels
 from minivllm.backends.base import Backend, KVCache, QKNorm
+from minivllm.parallel import Summand
 from minivllm.runner.forward_batch import ForwardBatch
 
 
@@ -20,6 +21,13 @@ class TritonBackend(Backend):
             # With a bias, torch asks cuBLASLt, whose choice for long sums is up to a fifth faster on an H100.
             bias = _zeros(weight.shape[0], weight.dtype, weight.device)
         return F.linear(x, weight, bias)
+
+    def linear_into(
+        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if kernels.has_kernel(x.shape[0], weight):
+            return super().linear_into(out, x, weight, bias)
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
     def fp8_linear(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
@@ -40,6 +48,11 @@ class TritonBackend(Backend):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return kernels.add_rms_norm(x, residual, weight, eps)
+
+    def sum_rms_norm(
+        self, x: Summand, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.sum_rms_norm(x.value, residual, weight, eps, x.inbox)
 
     def activate_and_mul(self, gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
         return kernels.activate_and_mul(gate_up, activation)
@@ -88,6 +101,19 @@ class TritonBackend(Backend):
         slots: torch.Tensor,
     ) -> torch.Tensor:
         return kernels.sample(logits, temperature, seeds, positions, last_token, slots)
+
+    def sample_share(
+        self,
+        logits: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        last_token: torch.Tensor,
+        slots: torch.Tensor,
+        first_id: int,
+        inbox: kernels.Inbox,
+    ) -> torch.Tensor:
+        return kernels.sample(logits, temperature, seeds, positions, last_token, slots, first_id, inbox)
 
     def truncate(
         self,

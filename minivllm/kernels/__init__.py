@@ -4,8 +4,9 @@ They run on a GPU, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1
 """
 
 from minivllm.kernels.activation import activate_and_mul
+from minivllm.kernels.inbox import Inbox
 from minivllm.kernels.linear import has_kernel, small_linear
-from minivllm.kernels.norm import add_rms_norm, rms_norm
+from minivllm.kernels.norm import add_rms_norm, rms_norm, sum_rms_norm
 from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, plan_paged_decode
 from minivllm.kernels.prefill import QUERY_TILE, paged_attention_prefill
 from minivllm.kernels.quantize import quantize_rows
@@ -16,6 +17,7 @@ from minivllm.kernels.truncate import truncate
 __all__ = [
     "QUERY_TILE",
     "DecodePlan",
+    "Inbox",
     "activate_and_mul",
     "add_rms_norm",
     "has_kernel",
@@ -27,5 +29,6 @@ __all__ = [
     "rope_and_store_kv",
     "sample",
     "small_linear",
+    "sum_rms_norm",
     "truncate",
 ]

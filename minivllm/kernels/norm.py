@@ -1,4 +1,5 @@
-"""RMSNorm (Zhang & Sennrich 2019), alone and fused with the residual addition before it.  One program a row."""
+"""RMSNorm (Zhang & Sennrich 2019), alone and fused with what comes before it: the residual addition, and with tensor
+parallelism the sum over the ranks.  One program a row."""
 
 from __future__ import annotations
 
@@ -7,21 +8,33 @@ import triton
 import triton.language as tl
 
 from minivllm.kernels.device import launch_options, wait_for_inputs
+from minivllm.kernels.inbox import Inbox, exchange_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _rms_norm_kernel(
-    x, residual, weight, out, residual_out, stride_x, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
-    PDL: tl.constexpr,
+    x, residual, weight, out, residual_out, places, addresses, turns, rank, stride_x, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     mask = offs < SIZE
     w = tl.load(weight + offs, mask, 0.0)
+    turn = 0
+    if RANKS > 1:
+        turn = tl.load(turns + row)  # written by an earlier exchange, never by the kernel just before
     wait_for_inputs(PDL)
     value = tl.load(x + row * stride_x + offs, mask, 0.0)
+    dtype = value.dtype
     if ADD:
-        value = (value.to(tl.float32) + tl.load(residual + row * SIZE + offs, mask, 0.0)).to(value.dtype)
+        before = tl.load(residual + row * SIZE + offs, mask, 0.0)
+    if RANKS > 1:
+        value = exchange_sum(value, places, addresses, row, turn, rank, offs, mask, SIZE, RANKS)
+        tl.store(turns + row, turn + 1)
+    if ADD:
+        value = value.to(tl.float32) + before
+    value = value.to(dtype)
+    if ADD or RANKS > 1:
         tl.store(residual_out + row * SIZE + offs, value, mask)
     value32 = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value32 * value32, 0) / SIZE + eps)
@@ -30,33 +43,40 @@ def _rms_norm_kernel(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) · weight.  x: [rows, size], rows may be strided; returns [rows, size], contiguous, in x's dtype."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, x, weight, out, out, eps, add=False)
-    return out
+    return _launch(x, None, x, weight, eps)
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rms_norm(x + residual), x + residual), both [rows, size]; `residual` is overwritten with the sum."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, residual, weight, out, residual, eps, add=True)
-    return out, residual
+    return _launch(x, residual, residual, weight, eps), residual
+
+
+def sum_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, inbox: Inbox
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the sum of all ranks' x, without a residual or with one: (normed, what was normed).  x: [rows, size],
+    contiguous, at most `inbox.max_rows` rows; `residual`, or x without one, is overwritten.  Every rank must call it.
+    """
+    total = x if residual is None else residual
+    return _launch(x, residual, total, weight, eps, inbox), total
 
 
 def _launch(
     x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
+    residual: torch.Tensor | None,
     residual_out: torch.Tensor,
+    weight: torch.Tensor,
     eps: float,
-    *,
-    add: bool,
-) -> None:
+    inbox: Inbox | None = None,
+) -> torch.Tensor:
     rows, size = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    exchange = (weight, weight, weight, 0) if inbox is None else inbox.arguments
     _rms_norm_kernel[(rows,)](
-        x, residual, weight, out, residual_out, x.stride(0), eps,
-        SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=add, num_warps=8 if size > 2048 else 4,
-        **launch_options(x.device),
+        x, x if residual is None else residual, weight, out, residual_out, *exchange, x.stride(0), eps,
+        SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None,
+        RANKS=1 if inbox is None else inbox.size, num_warps=8 if size > 2048 else 4, **launch_options(x.device),
     )  # fmt: skip
+    return out

@@ -5,6 +5,9 @@ that are drawn, the sum of exp((logit − maximum) / temperature) over it.  A se
 and then the token inside it: so the logits are read once, and one split of them twice.  Both are drawn as the argmax of
 log weight + Gumbel noise (Gumbel 1954), which a rounding error in the logits seldom changes.
 
+With tensor parallelism each rank has the logits of some of the splits.  The best split of a row is the best of the
+ranks' best ones, so each draws a token from its own, and the ranks exchange these with their scores.
+
 Randomness is stateless: noise is a hash of (seed, output position, id), so a request draws the same tokens alone or in
 a batch, and again after preemption.  The hash is made of a 32-bit mixer (Wellons, "Prospecting for Hash Functions");
 `backends/torch_backend.py` computes the same.
@@ -17,6 +20,7 @@ import triton
 import triton.language as tl
 
 from minivllm.kernels.device import launch_options, wait_for_inputs
+from minivllm.kernels.inbox import Inbox, receive, send
 
 SPLIT_SIZE = 4096
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
@@ -70,10 +74,35 @@ def _sample_split_kernel(
         tl.store(split_mass + place, tl.sum(tl.where(ids < vocab_size, _weights(value, top, temp), 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["vocab_size"])
+@triton.jit
+def _best_of_ranks(
+    token, top, score, temp, row, turn, places, addresses, rank, RANKS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The token of the rank with the best one.  `top`: the greatest logit of this rank; `score`: of its token, drawn
+    relative to it.  Of equals, the lowest token."""
+    start = (row * 2 + turn % 2) * (RANKS * 4)
+    words = tl.arange(0, 4)
+    own = tl.where(words == 0, top.to(tl.int32, bitcast=True), score.to(tl.int32, bitcast=True))
+    own = tl.where(words == 2, token, own)
+    send(own, addresses, start + rank * 4 + words, words < 3, RANKS)
+    ranks = tl.arange(0, BLOCK)
+    place = places + start + ranks * 4
+    tops = receive(place, ranks < RANKS).to(tl.float32, bitcast=True)
+    scores = receive(place + 1, ranks < RANKS).to(tl.float32, bitcast=True)
+    tokens = receive(place + 2, ranks < RANKS)
+    best = tl.where(ranks < RANKS, tops, float("-inf"))
+    if temp > 0:
+        top = tl.max(best, 0)
+        best = tl.where(best == top, 0.0, (best - top) / temp) + tl.where(ranks < RANKS, scores, float("-inf"))
+    return tl.min(tl.where((best == tl.max(best, 0)) & (ranks < RANKS), tokens, NO_TOKEN), 0)
+
+
+@triton.jit(do_not_specialize=["vocab_size", "first_id", "rank"])
 def _sample_pick_kernel(
-    logits, temperature, seeds, positions, split_top, split_id, split_mass, tokens, last_token, slots, stride,
-    vocab_size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    logits, temperature, seeds, positions, split_top, split_id, split_mass, tokens, last_token, slots,
+    inbox, addresses, turns, rank, stride, vocab_size, first_id,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, RANKS: tl.constexpr, BLOCK_RANKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     splits = tl.arange(0, BLOCK)
@@ -84,20 +113,28 @@ def _sample_pick_kernel(
     ids = tl.load(split_id + places, splits < SPLITS, NO_TOKEN)
     top = tl.max(tops, 0)
     token = tl.min(tl.where(tops == top, ids, NO_TOKEN), 0)
+    best_score = tl.full((), float("-inf"), tl.float32)
     if temp > 0:
         seed = tl.load(seeds + row)
         position = tl.load(positions + row)
         mass = tl.load(split_mass + places, splits < SPLITS, 0.0) * _weights(tops, top, temp)
-        score = tl.log(mass) + _gumbel(seed, position, splits + FIRST_SPLIT)
+        score = tl.log(mass) + _gumbel(seed, position, splits + first_id // SPLIT + FIRST_SPLIT)
         score = tl.where(mass > 0, score, float("-inf"))
-        split = tl.min(tl.where(score == tl.max(score, 0), splits, BLOCK - 1), 0)
+        best_score = tl.max(score, 0)
+        split = tl.min(tl.where(score == best_score, splits, BLOCK - 1), 0)
         split_best = tl.max(tl.where(splits == split, tops, float("-inf")), 0)
         inside = split * SPLIT + tl.arange(0, SPLIT)
         value = tl.load(logits + row.to(tl.int64) * stride + inside, inside < vocab_size, float("-inf")).to(tl.float32)
-        score = tl.where(value == split_best, 0.0, (value - split_best) / temp) + _gumbel(seed, position, inside)
+        score = tl.where(value == split_best, 0.0, (value - split_best) / temp)
+        score += _gumbel(seed, position, inside + first_id)
         score = tl.where(inside < vocab_size, score, float("-inf"))
         drawn = tl.min(tl.where(score == tl.max(score, 0), inside, NO_TOKEN), 0)
         token = tl.where(drawn == NO_TOKEN, token, drawn)
+    if RANKS > 1:
+        turn = tl.load(turns + row)
+        token = tl.where(token == NO_TOKEN, NO_TOKEN, token + first_id)
+        token = _best_of_ranks(token, top, best_score, temp, row, turn, inbox, addresses, rank, RANKS, BLOCK_RANKS)
+        tl.store(turns + row, turn + 1)
     token = tl.where(token == NO_TOKEN, 0, token)  # a row of NaN has no maximum
     tl.store(tokens + row, token)
     tl.store(last_token + tl.load(slots + row), token)
@@ -110,26 +147,36 @@ def sample(
     positions: torch.Tensor,
     last_token: torch.Tensor,
     slots: torch.Tensor,
+    first_id: int = 0,
+    inbox: Inbox | None = None,
 ) -> torch.Tensor:
     """Draw a token a row, and write it where the next step reads it: last_token[slots[row]].
 
     logits: [rows, vocab_size]; temperature: [rows] float32, 0 being greedy; seeds: [rows] int64; positions: [rows]
     int32, of the token in the output; last_token: [slots] int32; slots: [rows] int32.  Returns [rows] int32.
+
+    With an `inbox` (of at least `rows` rows, int32 of width 4), the logits are those of token ids from `first_id` on, a
+    multiple of SPLIT_SIZE, which the other ranks' continue; every rank must call it, and gets the same tokens.
     """
     rows, vocab_size = logits.shape
+    assert first_id % SPLIT_SIZE == 0
+    ranks = 1 if inbox is None else inbox.size
     splits = triton.cdiv(vocab_size, SPLIT_SIZE)
     split_top = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     split_id = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
     split_mass = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    exchange = (tokens, tokens, tokens, 0) if inbox is None else inbox.arguments
     options = launch_options(logits.device)
-    _sample_split_kernel[(rows, splits)](
-        logits, temperature, split_top, split_id, split_mass, logits.stride(0), vocab_size,
-        SPLITS=splits, SPLIT=SPLIT_SIZE, num_warps=4, **options,
-    )  # fmt: skip
+    if splits:  # a rank may have no logits
+        _sample_split_kernel[(rows, splits)](
+            logits, temperature, split_top, split_id, split_mass, logits.stride(0), vocab_size,
+            SPLITS=splits, SPLIT=SPLIT_SIZE, num_warps=4, **options,
+        )  # fmt: skip
     _sample_pick_kernel[(rows,)](
         logits, temperature, seeds, positions, split_top, split_id, split_mass, tokens, last_token, slots,
-        logits.stride(0), vocab_size,
-        SPLITS=splits, BLOCK=triton.next_power_of_2(splits), SPLIT=SPLIT_SIZE, num_warps=4, **options,
+        *exchange, logits.stride(0), vocab_size, first_id,
+        SPLITS=splits, BLOCK=triton.next_power_of_2(max(1, splits)), SPLIT=SPLIT_SIZE, RANKS=ranks,
+        BLOCK_RANKS=triton.next_power_of_2(ranks), num_warps=4, **options,
     )  # fmt: skip
     return tokens

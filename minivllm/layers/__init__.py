@@ -5,9 +5,9 @@ where `name` is the layer's own path in the checkpoint, such as "model.layers.0.
 """
 
 from minivllm.layers.attention import Attention
-from minivllm.layers.embedding import Embedding, VocabWeight
+from minivllm.layers.embedding import Embedding, LMHead
 from minivllm.layers.linear import Linear, MergedLinear, Target
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import rope_table
 
-__all__ = ["Attention", "Embedding", "Linear", "MergedLinear", "RMSNorm", "Target", "VocabWeight", "rope_table"]
+__all__ = ["Attention", "Embedding", "Linear", "MergedLinear", "RMSNorm", "Target", "LMHead", "rope_table"]

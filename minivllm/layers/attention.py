@@ -12,7 +12,7 @@ from minivllm.backends.base import KVCache
 from minivllm.layers.linear import Linear, MergedLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import ALONE, TensorParallel
+from minivllm.parallel import ALONE, Summand, TensorParallel
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         kv_cache: KVCache,
         batch: ForwardBatch,
         wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Summand:
         """x: [tokens, hidden] -> [tokens, hidden], or [S, hidden] for the tokens `wanted` [S] alone."""
         qkv = self.qkv_proj(x)
         norms = None
@@ -63,4 +63,4 @@ class Attention(nn.Module):
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
         q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch, norms)
         out = self.backend.attention(q, kv_cache, batch, self.scale, self.window)  # [tokens, heads, head_dim]
-        return self.tp.all_reduce(self.o_proj((out if wanted is None else out[wanted]).flatten(1)))
+        return self.tp.sum(self.o_proj, (out if wanted is None else out[wanted]).flatten(1), x.shape[1])

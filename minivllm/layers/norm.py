@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from minivllm.backends import Backend
+from minivllm.parallel import Summand
 
 
 class RMSNorm(nn.Module):
@@ -27,8 +28,10 @@ class RMSNorm(nn.Module):
         dtype = torch.float32 if zero_centered else dtype
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor | Summand, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of x + residual, x + residual), both [tokens, size]; without a residual, x is the first one."""
+        if isinstance(x, Summand):
+            return self.backend.sum_rms_norm(x, residual, self.weight, self.eps)
         if residual is None:
             return self.backend.rms_norm(x, self.weight, self.eps), x
         return self.backend.add_rms_norm(x, residual, self.weight, self.eps)

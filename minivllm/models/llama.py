@@ -11,9 +11,9 @@ from torch import nn
 
 from minivllm.backends import Backend
 from minivllm.backends.base import KVCache
-from minivllm.layers import Attention, Embedding, Linear, MergedLinear, RMSNorm, Target, VocabWeight, rope_table
+from minivllm.layers import Attention, Embedding, Linear, LMHead, MergedLinear, RMSNorm, Target, rope_table
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import ALONE, TensorParallel
+from minivllm.parallel import ALONE, Summand, TensorParallel
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
@@ -33,9 +33,10 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias, backend, dtype, device, shares)
         self.down_proj = Linear(size, config.hidden_size, bias, backend, dtype, device, tp.share)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | Summand:
         """x: [tokens, hidden] -> [tokens, hidden]."""
-        return self.tp.all_reduce(self.down_proj(self.backend.activate_and_mul(self.gate_up_proj(x), self.activation)))
+        activated = self.backend.activate_and_mul(self.gate_up_proj(x), self.activation)
+        return self.tp.sum(self.down_proj, activated, x.shape[1])
 
 
 class LlamaLayer(nn.Module):
@@ -64,26 +65,26 @@ class LlamaLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Summand,
         residual: torch.Tensor | None,
         cos_sin: torch.Tensor,
         kv_cache: KVCache,
         batch: ForwardBatch,
         wanted: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | Summand, torch.Tensor]:
         """x: the output of the layer before, to be added to `residual`, the stream so far; both [tokens, hidden].  The
         output is for the tokens `wanted` [S] alone, if given."""
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos_sin, kv_cache, batch, wanted)
+        normed, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(normed, cos_sin, kv_cache, batch, wanted)
         if wanted is not None:
             residual = residual[wanted]
         if not self.has_sandwich:
-            x, residual = self.post_attention_layernorm(x, residual)
-            return self.mlp(x), residual
-        x, _ = self.post_attention_layernorm(x, None)
-        x, residual = self.pre_feedforward_layernorm(x, residual)
-        x, _ = self.post_feedforward_layernorm(self.mlp(x), None)
-        return x, residual
+            normed, residual = self.post_attention_layernorm(x, residual)
+            return self.mlp(normed), residual
+        normed, _ = self.post_attention_layernorm(x, None)
+        normed, residual = self.pre_feedforward_layernorm(normed, residual)
+        normed, _ = self.post_feedforward_layernorm(self.mlp(normed), None)
+        return normed, residual
 
 
 class LlamaModel(nn.Module):
@@ -91,7 +92,7 @@ class LlamaModel(nn.Module):
         self, config: ModelConfig, backend: Backend, dtype: torch.dtype, device: torch.device, tp: TensorParallel
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device, config.embedding_scale, tp)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device, config.embedding_scale)
         self.layers = nn.ModuleList(
             LlamaLayer(config, i, backend, dtype, device, tp) for i in range(config.num_hidden_layers)
         )
@@ -124,30 +125,29 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaModel(config, backend, dtype, device, tp)
         self.lm_head = None
         if not config.tie_word_embeddings:
-            self.lm_head = VocabWeight(config.vocab_size, config.hidden_size, dtype, device, tp)
+            self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype, device, tp)
         self.backend = backend
         self.cos_sin = rope_table(config.rope, config.head_dim, num_positions, device)
         self.local_cos_sin = self.cos_sin  # of the layers with a window
         if config.local_rope is not None:
             self.local_cos_sin = rope_table(config.local_rope, config.head_dim, num_positions, device)
 
-    def forward(self, batch: ForwardBatch, kv_caches: Sequence[KVCache]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One pass over the step's tokens, writing their K and V.  Returns what `compute_logits` takes: the last
-        layer's output and the residual stream, both [tokens, hidden], or of `batch.output_tokens` alone: for the
-        others the last layer only writes K and V."""
-        x, residual = self.model.embed_tokens(batch.token_ids), None
+    def forward(self, batch: ForwardBatch, kv_caches: Sequence[KVCache]) -> torch.Tensor:
+        """One pass over the step's tokens, writing their K and V.  Returns what `compute_logits` takes, [tokens,
+        hidden], or of `batch.output_tokens` alone: for the others the last layer only writes K and V."""
+        x: torch.Tensor | Summand = self.model.embed_tokens(batch.token_ids)
+        residual = None
         last = len(kv_caches) - 1
         for i, (layer, kv_cache) in enumerate(zip(self.model.layers, kv_caches, strict=True)):
             wanted = batch.output_tokens if i == last else None
             cos_sin = self.cos_sin if self.config.window(i) is None else self.local_cos_sin
             x, residual = layer(x, residual, cos_sin, kv_cache, batch, wanted)
-        assert residual is not None
-        return x, residual
-
-    def compute_logits(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Final norm and LM head of the given rows: [rows, hidden] twice -> [rows, vocab_size]."""
         hidden, _ = self.model.norm(x, residual)
-        return self.tp.gather_logits(self.backend.linear(hidden, self.head, None), self.config.vocab_size)
+        return hidden
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """LM head: [rows, hidden] -> [rows, token ids of this worker]."""
+        return self.backend.linear(hidden, self.head, None)
 
     def weight_targets(self) -> dict[str, Target]:
         """Every checkpoint tensor the model takes, by its name there, with the view of a parameter it goes to."""
@@ -164,9 +164,11 @@ class LlamaForCausalLM(nn.Module):
                 module.pack()
             if isinstance(module, RMSNorm):
                 module.finish_loading()
-        own_head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        self.head = self.backend.pack(own_head.weight.data)
-        if self.lm_head is not None:
+        if self.lm_head is None:
+            ids = self.tp.vocab_range(self.config.vocab_size)
+            self.head = self.backend.pack(self.model.embed_tokens.weight.data[ids.start : ids.stop])
+        else:
+            self.head = self.backend.pack(self.lm_head.weight.data)
             del self.lm_head.weight  # packed, it is there already
 
     def ignores_weight(self, name: str) -> bool:

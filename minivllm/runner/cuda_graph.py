@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 Inputs = dict[str, torch.Tensor]
-Output = tuple[torch.Tensor, torch.Tensor]
+Output = tuple[torch.Tensor, ...]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:

@@ -20,8 +20,12 @@ from minivllm.loading.weights import WeightSource
 from minivllm.model_config import ModelConfig
 from minivllm.runner.model_runner import ModelRunner, PendingStep
 
-# All workers are on this host.  Multicast over NVLink (NVLS) is left alone.
-ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",  # all workers are on this host
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink is left alone
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+}
 GRACE_SECONDS = 2.0  # after a worker is gone, for others to say what they know of it
 
 Failure = tuple[int, Exception | None, str]  # rank, an error to be raised as it is, traceback

@@ -61,6 +61,8 @@ class ModelRunner:
             _check_fp8(self.device)
         self.max_num_tokens = config.max_num_batched_tokens
         self.backend = make_backend(config.backend)
+        self.tp = tp
+        self.first_id = tp.vocab_range(model_config.vocab_size).start
         self.model = model_class(model_config.architecture)(
             model_config, self.backend, self.dtype, self.device, config.max_model_len, tp
         )
@@ -156,24 +158,38 @@ class ModelRunner:
     ) -> Sampled:
         """Draw a token a row.  `tokens`: those that the backend drew by itself already, which hold if no row asks for
         more."""
-        processed = logits
-        if batch.token_masks or batch.processors or needs_processing(self.slots, rows, seq_lens):
-            tokens = None
+        num_logprobs = self.slots.num_logprobs[rows]
+        processes = batch.token_masks or batch.processors or needs_processing(self.slots, rows, seq_lens)
+        if self.tp.draws is not None and (processes or (num_logprobs >= 0).any()):
+            logits = self._gather(logits)
+        if processes:
             processed = process_logits(
                 self.backend, logits, self.slots, rows, seq_lens, inputs.temperature, self.history, batch
             )
-        if tokens is None:
-            tokens = sample(self.backend, processed, inputs, self.last_token)
+            tokens = sample(self.backend, processed, inputs, self.last_token)  # of whole rows, the same for all
+        elif tokens is None:
+            tokens = self._draw(logits, inputs)
         if self.slots.remembers[rows].any():
             assert self.history is not None
             self.history[to_device(rows, self.device), to_device(seq_lens, self.device)] = tokens
         sampled = Sampled(tokens)
-        num_logprobs = self.slots.num_logprobs[rows]
         if (num_logprobs >= 0).any():
             asking = to_device(np.flatnonzero(num_logprobs >= 0), self.device)
             sampled.num_logprobs = num_logprobs
             sampled.logprobs = token_logprobs(logits[asking], tokens[asking], int(num_logprobs.max()))
         return sampled
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab], or of this worker's token ids where `_draw` can do with them."""
+        logits = self.model.compute_logits(hidden)
+        return logits if self.tp.draws is not None else self._gather(logits)
+
+    def _gather(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.tp.gather_logits(logits, self.model_config.vocab_size)
+
+    def _draw(self, logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
+        """A token for each row of `_logits`."""
+        return sample(self.backend, logits, inputs, self.last_token, self.tp, self.first_id)
 
     def _remember_admitted(self, batch: ScheduledBatch) -> None:
         """Write the known tokens of new requests that ask for what hangs on them to `history`."""
@@ -217,9 +233,8 @@ class ModelRunner:
             num_decodes=slots.shape[0],
             host_seq_lens=[] if host_seq_lens is None else host_seq_lens.tolist(),
         )
-        logits = self.model.compute_logits(*self.model(batch, self.kv_caches))
-        inputs = sampling_inputs(tensors, len(slots))
-        return sample(self.backend, logits, inputs, self.last_token), logits
+        logits = self._logits(self.model(batch, self.kv_caches))
+        return self._draw(logits, sampling_inputs(tensors, len(slots))), logits
 
     def _mixed_step(self, batch: ScheduledBatch, changes: Changes) -> Sampled:
         """Decodes and chunks of prompts in one pass."""
@@ -228,12 +243,12 @@ class ModelRunner:
         sampled = np.array(batch.sampled_rows, np.int32)
         slots, seq_lens = arrays["slots"][sampled], arrays["seq_lens"][sampled]
         tensors = self._upload(arrays | sampling_arrays(self.slots, slots, seq_lens), changes)
-        output = None if size is None else self.graphs.replay("mixed", size)
-        x, residual = output or self._mixed(tensors, arrays)
+        replayed = None if size is None else self.graphs.replay("mixed", size)
+        (hidden,) = replayed or self._mixed(tensors, arrays)
         begin = len(sampled)
         result = Sampled(self.last_token[:0])
         if begin:
-            logits = self.model.compute_logits(x[:begin], residual[:begin])
+            logits = self._logits(hidden[:begin])
             inputs = sampling_inputs(tensors, begin)
             result = self._sample(logits, slots, seq_lens, inputs, batch)
         for row in batch.prompt_logprobs_rows:
@@ -241,12 +256,12 @@ class ModelRunner:
             result.prompt_logprobs.append([])
             for part in to_device(prompt_targets(self.slots, batch, row), self.device).split(MAX_LOGITS_ROWS):
                 end = begin + len(part)
-                logits = self.model.compute_logits(x[begin:end], residual[begin:end])
+                logits = self._gather(self.model.compute_logits(hidden[begin:end]))
                 result.prompt_logprobs[-1].append(token_logprobs(logits, part, num_top))
                 begin = end
         return result
 
-    def _mixed(self, tensors: Tensors, host: Arrays | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mixed(self, tensors: Tensors, host: Arrays | None = None) -> tuple[torch.Tensor]:
         """The model's part of a mixed step.  This is what graphs capture.  `host`: the same on the host, for the torch
         backend, which is never captured."""
         last_tokens, token_ids = self.last_token[tensors["token_slots"]], tensors["token_ids"]
@@ -264,7 +279,7 @@ class ModelRunner:
             host_seq_lens=[] if host is None else host["seq_lens"].tolist(),
             host_query_start_loc=[] if host is None else host["query_start_loc"].tolist(),
         )
-        return self.model(batch, self.kv_caches)
+        return (self.model(batch, self.kv_caches),)
 
     def _upload(self, arrays: dict[str, np.ndarray], changes: Changes | None) -> Tensors:
         """Send a step's inputs, and bring the block table up to date."""
@@ -315,7 +330,7 @@ class ModelRunner:
             left -= num_tokens
         self.execute(batch).wait()
         size = self.sizes[-1] if self.sizes else self.slots.padding
-        _, logits = self._decode(self._decode_padding(size))
+        logits = self._gather(self._decode(self._decode_padding(size))[1])
         ones = torch.ones(size, device=self.device)
         self.backend.truncate(logits.float(), ones, ones.int(), ones, ones)
         if use_graphs:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from minivllm.backends import Backend
+from minivllm.parallel import ALONE, TensorParallel
 from minivllm.runner.slots import Slots
 
 
@@ -41,6 +42,19 @@ def sampling_inputs(tensors: dict[str, torch.Tensor], num_rows: int) -> Sampling
     return SamplingInputs(*(tensors[name][:num_rows] for name in names))
 
 
-def sample(backend: Backend, logits: torch.Tensor, inputs: SamplingInputs, last_token: torch.Tensor) -> torch.Tensor:
-    """A token for each row of logits [R, vocab]; also written to last_token[slot].  Returns [R] int32."""
-    return backend.sample(logits, inputs.temperature, inputs.seeds, inputs.positions, last_token, inputs.slots)
+def sample(
+    backend: Backend,
+    logits: torch.Tensor,
+    inputs: SamplingInputs,
+    last_token: torch.Tensor,
+    tp: TensorParallel = ALONE,
+    first_id: int = 0,
+) -> torch.Tensor:
+    """A token for each row of logits [R, vocab]; also written to last_token[slot].  Returns [R] int32.
+
+    If `tp` has an inbox for tokens, the logits are those of this worker's token ids, from `first_id` on.
+    """
+    arguments = logits, inputs.temperature, inputs.seeds, inputs.positions, last_token, inputs.slots
+    if tp.draws is not None:
+        return backend.sample_share(*arguments, first_id, tp.draws)
+    return backend.sample(*arguments)

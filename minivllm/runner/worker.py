@@ -21,7 +21,9 @@ import torch.distributed as dist
 
 from minivllm.child_process import connect
 from minivllm.config import EngineConfig
-from minivllm.parallel import TensorParallel
+from minivllm.engine.batch import MAX_DRAFT_ROWS
+from minivllm.model_config import ModelConfig
+from minivllm.parallel import MAX_SUM_ROWS, TensorParallel, open_inbox, see_each_other
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.runner.pending_step import PendingStep
 
@@ -41,7 +43,7 @@ class Worker:
         try:
             config, model_config, weights, rank, port = self._orders.get()
             config = _placed(config, rank)
-            tp = _join(config, rank, port)
+            tp = _join(config, model_config, rank, port)
             runner = ModelRunner(config, model_config, weights, tp)
             gc.collect()
             gc.freeze()  # what is there stays, and all workers wait for one that goes through it
@@ -101,7 +103,7 @@ def _placed(config: EngineConfig, rank: int) -> EngineConfig:
     return replace(config, device=f"cuda:{index}")
 
 
-def _join(config: EngineConfig, rank: int, port: int) -> TensorParallel:
+def _join(config: EngineConfig, model_config: ModelConfig, rank: int, port: int) -> TensorParallel:
     """Meet the other workers at the executor's store."""
     size = config.tensor_parallel_size
     seconds = datetime.timedelta(seconds=START_SECONDS)
@@ -111,4 +113,10 @@ def _join(config: EngineConfig, rank: int, port: int) -> TensorParallel:
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=seconds,
         device_id=torch.device(config.device) if on_gpu else None,
     )  # fmt: skip
-    return TensorParallel(rank, size)
+    if config.backend != "triton" or not on_gpu or not see_each_other(torch.cuda.current_device() - rank, size):
+        return TensorParallel(rank, size)
+    assert config.max_num_seqs is not None
+    device, bits = torch.device(config.device), getattr(torch, config.dtype).itemsize * 8
+    sums = open_inbox(MAX_SUM_ROWS, model_config.hidden_size, bits, rank, size, device)
+    draws = open_inbox(max(config.max_num_seqs, MAX_DRAFT_ROWS), 4, 32, rank, size, device)
+    return TensorParallel(rank, size, sums, draws)

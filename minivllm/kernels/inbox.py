@@ -1,0 +1,85 @@
+"""Inbox: how kernels on GPUs that see each other's memory exchange values, without a call to a library between them.
+
+Every rank has an inbox that all ranks write to: for each row of a step, a place for what each rank sends.  A place is
+empty while it holds EMPTY (−0.0), so a value tells of its arrival by itself: the receiver reads until no element is
+empty, takes what is there, and empties the place for a later turn.  One trip over NVLink, and no flag beside the data
+(the "Lamport" exchange of TensorRT-LLM's one-shot all-reduce).  A −0.0 is sent as 0.0.
+
+Program r of a kernel exchanges row r.  A row has two sets of places, which take turns: whoever sends for the second
+time after this one has received what was sent next, from kernels that began when this one had ended everywhere.  Turns
+are counted on the device, row by row, so replays of CUDA graphs and eager launches may follow in any order, as long as
+all ranks run the same kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """This rank's inbox and the way to those of the others."""
+
+    places: torch.Tensor  # [rows, 2 turns, ranks, width]: integers as wide as the elements; all empty at first
+    addresses: torch.Tensor  # [ranks] int64: of all ranks' `places`, as this rank reaches them
+    turns: torch.Tensor  # [rows] int32: exchanges so far
+    rank: int
+
+    @staticmethod
+    def empty(bits: int) -> int:
+        """What an empty place holds: −0.0 in floats of so many bits, read as an integer."""
+        return -1 << (bits - 1)
+
+    @property
+    def max_rows(self) -> int:
+        return self.places.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return self.places.shape[2]
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """What kernels take of it."""
+        return self.places, self.addresses, self.turns, self.rank
+
+
+@triton.jit
+def send(bits, addresses, offs, mask, RANKS: tl.constexpr):
+    """Write `bits` [BLOCK], integers, to the places at `offs` of every rank's inbox, this one's too."""
+    EMPTY: tl.constexpr = -(2 ** (bits.dtype.primitive_bitwidth - 1))
+    bits = tl.where(bits == EMPTY, 0, bits).to(bits.dtype)
+    for peer in tl.static_range(RANKS):
+        inbox = tl.load(addresses + peer).to(tl.pointer_type(bits.dtype))
+        tl.store(tl.multiple_of(inbox, 16) + offs, bits, mask)
+
+
+@triton.jit
+def receive(place, mask):
+    """What comes to the places [BLOCK], which are empty again then."""
+    EMPTY: tl.constexpr = -(2 ** (place.dtype.element_ty.primitive_bitwidth - 1))
+    bits = tl.load(place, mask, 0, volatile=True)
+    while tl.max((bits == EMPTY).to(tl.int32), 0) > 0:
+        bits = tl.load(place, mask, 0, volatile=True)
+    tl.debug_barrier()  # warps may have read the same places, and none may find them empty again
+    tl.store(place, tl.full(bits.shape, EMPTY, bits.dtype), mask)
+    return bits
+
+
+@triton.jit
+def exchange_sum(value, places, addresses, row, turn, rank, offs, mask, SIZE: tl.constexpr, RANKS: tl.constexpr):
+    """The sum over the ranks of `value` [BLOCK], elements `offs` of a row of SIZE; float32, added up in the ranks'
+    order, so that all get the same."""
+    row_start = (row * 2 + turn % 2) * (RANKS * SIZE)
+    bits = value.to(places.dtype.element_ty, bitcast=True)
+    send(bits, addresses, row_start + rank * SIZE + offs, mask, RANKS)
+    total = tl.zeros(value.shape, tl.float32)
+    for peer in tl.static_range(RANKS):
+        bits = receive(places + row_start + peer * SIZE + offs, mask)
+        total += bits.to(value.dtype, bitcast=True).to(tl.float32)
+    return total

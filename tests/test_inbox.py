@@ -1,0 +1,152 @@
+"""Kernels that exchange values between ranks, here of one process: side by side on a GPU, one after the other in the
+interpreter, where what the others send lies there before."""
+
+import pytest
+import torch
+
+from minivllm import kernels
+from minivllm.kernels import Inbox
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def open_inboxes(rows, width, dtype, ranks):
+    """An inbox for each rank."""
+    empty = Inbox.empty(dtype.itemsize * 8)
+    shape = rows, 2, ranks, width
+    places = [torch.full(shape, empty, dtype=INTEGER.get(dtype, dtype), device=DEVICE) for _ in range(ranks)]
+    addresses = torch.tensor([one.data_ptr() for one in places], device=DEVICE)
+    return [
+        Inbox(places[rank], addresses, torch.zeros(rows, dtype=torch.int32, device=DEVICE), rank)
+        for rank in range(ranks)
+    ]
+
+
+def run_ranks(inboxes, call, messages, exact=True):
+    """call(rank) for all; `messages`: [ranks, rows, width], what each rank will send, but for rounding if not exact."""
+    ranks = len(inboxes)
+    messages = torch.where(messages == 0, 0, messages)  # −0.0 goes as 0.0
+    results = []
+    for rank, inbox in enumerate(inboxes):
+        if DEVICE == "cpu":
+            for row in range(messages.shape[1]):
+                for peer in {*range(ranks)} - {rank}:
+                    place = inbox.places[row, inbox.turns[row] % 2, peer]
+                    place[: messages.shape[2]] = messages[peer, row].contiguous().view(inbox.places.dtype)
+            before = [one.places.clone() for one in inboxes]
+            results.append(call(rank))
+            for peer in {*range(ranks)} - {rank}:  # what this one has sent, as the others would find it
+                for row in range(messages.shape[1]):
+                    turn = (inbox.turns[row] - 1) % 2
+                    sent = inboxes[peer].places[row, turn, rank, : messages.shape[2]]
+                    assert not exact or torch.equal(sent.view(messages.dtype), messages[rank, row])
+                inboxes[peer].places.copy_(before[peer])
+        else:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                results.append(call(rank))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    assert all((inbox.places == Inbox.empty(inbox.places.element_size() * 8)).all() for inbox in inboxes)
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "size", "ranks"), [(1, 4096, 2), (5, 64, 2), (3, 160, 3), (2, 5120, 4)])
+def test_sum_rms_norm(rows, size, ranks, dtype):
+    generator = torch.Generator().manual_seed(rows * size + ranks)
+    inboxes = open_inboxes(8, size, dtype, ranks)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+    weight = draw(size)
+    # Turns are counted row by row: steps of other lengths come between.
+    for turn, (num_rows, with_residual) in enumerate([(rows, True), (1, True), (rows, False), (8, True), (rows, True)]):
+        x, residual = draw(ranks, num_rows, size), draw(num_rows, size)
+        x[:, :, ::7] = -0.0
+        total = x.float().sum(0) + (residual.float() if with_residual else 0)
+        rounded = total.to(dtype).float()
+        expected = rounded * torch.rsqrt(rounded.square().mean(-1, keepdim=True) + 1e-5) * weight.float()
+        outs = run_ranks(
+            inboxes,
+            lambda rank, x=x, residual=residual, given=with_residual: kernels.sum_rms_norm(
+                x[rank].clone(), residual.clone() if given else None, weight, 1e-5, inboxes[rank]
+            ),
+            x,
+        )
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        for normed, summed in outs:
+            assert torch.equal(summed, outs[0][1]), "the same on all ranks"
+            torch.testing.assert_close(summed.float(), total, rtol=tolerance, atol=tolerance)
+            if DEVICE == "cuda" or dtype != torch.bfloat16:  # products of which the interpreter gets wrong
+                assert torch.equal(normed, outs[0][0]), "the same on all ranks"
+                torch.testing.assert_close(normed.float(), expected, rtol=tolerance, atol=tolerance)
+        assert all(inbox.turns[0] == turn + 1 for inbox in inboxes)
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")  # of the interpreter
+@pytest.mark.parametrize(("vocab", "ranks"), [(20000, 2), (4097, 3), (150, 2), (33000, 4)])
+def test_ranks_draw_as_one(vocab, ranks):
+    """The same tokens as from all logits at once, greedy or not."""
+    rows = 6
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (4 * torch.randn(rows, vocab, generator=generator)).to(DEVICE)
+    logits[1] = -0.0  # all equal: greedily the first
+    logits[2, : vocab // 2] = float("-inf")
+    logits[3, 7] = logits[3, -1] = 50.0  # the best one twice
+    temperature = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.7, 1.5], device=DEVICE)
+    seeds = torch.arange(rows, device=DEVICE) + 1234567891011
+    slots = torch.arange(rows, dtype=torch.int32, device=DEVICE)
+    size = -(-vocab // (4096 * ranks)) * 4096
+    inboxes = open_inboxes(rows, 4, torch.int32, ranks)
+    for turn in range(4 if DEVICE == "cpu" else 40):
+        positions = torch.full((rows,), turn, dtype=torch.int32, device=DEVICE)
+        arguments = temperature, seeds, positions
+
+        def draw(logits, *share, arguments=arguments):
+            last_token = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+            tokens = kernels.sample(logits, *arguments, last_token, slots, *share)
+            assert torch.equal(tokens, last_token)
+            return tokens
+
+        expected = draw(logits)
+        if DEVICE == "cpu":  # the other ranks' messages are worked out beside the kernel
+            messages = torch.stack([message(logits[:, i * size : (i + 1) * size], *arguments, i * size)
+                                    for i in range(ranks)])  # fmt: skip
+        else:
+            messages = torch.zeros(ranks, rows, 3, dtype=torch.int32)
+        drawn = run_ranks(
+            inboxes,
+            lambda rank, draw=draw: draw(logits[:, rank * size : (rank + 1) * size], rank * size, inboxes[rank]),
+            messages,
+            exact=False,
+        )
+        assert all(torch.equal(tokens, expected) for tokens in drawn)
+
+
+def message(logits, temperature, seeds, positions, first_id):
+    """What a rank sends of its logits: the greatest one, the score of the token drawn, the token.  [rows, 3] int32."""
+    from minivllm.backends import torch_backend
+
+    rows, vocab = logits.shape
+    words = torch.zeros(rows, 3, dtype=torch.int32)
+    for row in range(rows):
+        own, temp = logits[row], float(temperature[row])
+        top, score, token = torch.tensor(float("-inf")), torch.tensor(float("-inf")), 0x7FFFFFFF
+        if vocab:
+            top, token = own.max(), int((own == own.max()).nonzero()[0]) + first_id
+        if vocab and temp > 0:
+            seed, position = seeds[row : row + 1], positions[row : row + 1]
+            splits = own.split(4096)
+            masses = torch.stack([((split - top) / temp).exp().sum() for split in splits])
+            ids = torch.arange(len(splits)) + first_id // 4096 + torch_backend.FIRST_SPLIT
+            scores = masses.log() + torch_backend.gumbel_noise(seed, position, ids)[0]
+            score, best = scores.max(), int(scores.argmax())
+            inside = torch.arange(len(splits[best])) + first_id + best * 4096
+            noise = torch_backend.gumbel_noise(seed, position, inside)[0]
+            token = int(inside[(splits[best] / temp + noise).argmax()])
+        for place, value in enumerate((top, score)):
+            words[row, place] = value.float().view(torch.int32)
+        words[row, 2] = token
+    return torch.where(words == Inbox.empty(32), 0, words)
