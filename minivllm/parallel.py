@@ -5,16 +5,18 @@ own; the last ones by their inputs, so that their results are summands, added up
 cut in ranges, but for the embedding, which every worker has: half a GB for an 8B model, against an exchange a step.
 Everything else (norms, the residual stream, sampling) every worker does for itself, with the same numbers.
 
-Sums take two ways.  Those of few rows, which a decode step has two of a layer, are left to the norm that comes next:
-its kernel exchanges summands by itself (`kernels/inbox.py`).  Larger ones go through NCCL, in parts, so that the
-product of one part runs while the part before is added up.
+Where GPUs see each other's memory, no library is called between kernels: the sums are left to the norm that comes
+next, whose kernel exchanges the summands (`kernels/inbox.py`), as that of sampling does the tokens that each worker
+has drawn from its logits.  Elsewhere sums and logits go through NCCL, or gloo on CPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import os
+import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
     from minivllm.kernels import Inbox
 
 Index = tuple[slice, ...]
-MAX_SUM_ROWS = 256  # of a sum that norms work out
-NUM_PARTS, MIN_PART_ROWS = 4, 512  # of a larger one
+SUM_ROWS = 2048  # that norms exchange at once
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Parts:
 class TensorParallel:
     """A worker's place among `size`, and what it does together with the others.  Alone, nothing.
 
-    The default process group of torch.distributed must have been made.  `sums`, `draws`: inboxes for sums of few rows
-    and for sampled tokens, both or none, by whether the GPUs see each other's memory.
+    The default process group of torch.distributed must have been made.  `sums`, `draws`: inboxes for sums and for
+    sampled tokens; both, where the workers' kernels see each other's memory, or none.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, sums: Inbox | None = None, draws: Inbox | None = None) -> None:
@@ -94,22 +95,14 @@ class TensorParallel:
         unit = 1 if self.draws is None else SPLIT_SIZE  # of which sampling takes whole ones
         return -(-vocab_size // (unit * self.size)) * unit
 
-    def sum(self, product: Callable[..., torch.Tensor], x: torch.Tensor, size: int) -> torch.Tensor | Summand:
-        """The workers' product(x) added up.  x: [rows, in]; product(x, out=None): [rows, size], written to `out`."""
-        rows = x.shape[0]
+    def sum(self, x: torch.Tensor) -> torch.Tensor | Summand:
+        """The workers' x added up, in place, or left to the norm that comes next."""
         if self.size == 1:
-            return product(x)
-        if self.sums is not None and rows <= self.sums.max_rows:
-            return Summand(product(x), self.sums)
-        total = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-        part_rows = max(MIN_PART_ROWS, -(-rows // NUM_PARTS))
-        works = []
-        for part, target in zip(x.split(part_rows), total.split(part_rows), strict=True):
-            product(part, out=target)
-            works.append(dist.all_reduce(target, async_op=True))  # on a stream of its own, once `target` is there
-        for work in works:
-            work.wait()
-        return total
+            return x
+        if self.sums is not None:
+            return Summand(x, self.sums)
+        dist.all_reduce(x)
+        return x
 
     def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """The workers' logits [rows, own ids] side by side: [rows, vocab_size], the same for all."""
@@ -136,30 +129,62 @@ class TensorParallel:
 ALONE = TensorParallel()
 
 
-def see_each_other(first_gpu: int, size: int) -> bool:
-    """Whether so many GPUs from the first on can read and write each other's memory."""
-    gpus = range(first_gpu, first_gpu + size)
+def see_each_other(device: torch.device, rank: int, size: int) -> bool:
+    """Whether the workers' kernels can reach each other's memory: on a CPU, and where all GPUs have a way to all."""
+    if device.type == "cpu":
+        return True
+    gpus = range(device.index - rank, device.index - rank + size)
     return all(a == b or torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus)
 
 
 def open_inbox(rows: int, width: int, bits: int, rank: int, size: int, device: torch.device) -> Inbox:
     """This worker's inbox for values of so many bits, in memory that all workers reach.  All must call it."""
-    from torch.distributed import _symmetric_memory as symmetric_memory
-
     from minivllm.kernels import Inbox
 
-    dtype = torch.int16 if bits == 16 else torch.int32
-    places = symmetric_memory.empty((rows, 2, size, width), dtype=dtype, device=device)
-    assert dist.group.WORLD is not None
-    handle = symmetric_memory.rendezvous(places, dist.group.WORLD)
+    shape, dtype = (rows, 2, size, width), torch.int16 if bits == 16 else torch.int32
+    places, addresses, shared = (_shared_on_cpu if device.type == "cpu" else _shared_by_gpus)(
+        shape, dtype, rank, size, device
+    )
     places.fill_(Inbox.empty(bits))
-    assert handle.buffer_ptrs[rank] == places.data_ptr()
     inbox = Inbox(
         places=places,
-        addresses=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
+        addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
         turns=torch.zeros(rows, dtype=torch.int32, device=device),
         rank=rank,
+        shared=shared,
     )
-    torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     dist.barrier()  # empty everywhere before anything is sent
     return inbox
+
+
+def _shared_by_gpus(
+    shape: tuple[int, ...], dtype: torch.dtype, rank: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, list[int], object]:
+    """A tensor of this worker, the addresses of all workers' ones, and what keeps these in reach."""
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    tensor = symmetric_memory.empty(shape, dtype=dtype, device=device)
+    assert dist.group.WORLD is not None
+    handle = symmetric_memory.rendezvous(tensor, dist.group.WORLD)
+    assert handle.buffer_ptrs[rank] == tensor.data_ptr()
+    return tensor, handle.buffer_ptrs, handle
+
+
+def _shared_on_cpu(
+    shape: tuple[int, ...], dtype: torch.dtype, rank: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, list[int], object]:
+    """The same for kernels in Triton's interpreter: mapped files."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders: list[Any] = [None] * size
+        dist.all_gather_object(folders, folder)
+        files = [os.path.join(one, "inbox") for one in folders]
+        own = torch.from_file(files[rank], shared=True, size=math.prod(shape), dtype=dtype)
+        dist.barrier()  # all files are there
+        tensors = [
+            own if peer == rank else torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype)
+            for peer, file in enumerate(files)
+        ]
+        dist.barrier()
+    return own.view(shape), [tensor.data_ptr() for tensor in tensors], tensors

@@ -87,6 +87,20 @@ def test_same_tokens_with_everything_on(tiny):
         assert first == pytest.approx(second, abs=1e-3)
 
 
+@pytest.mark.parametrize(("name", "size"), [("gqa-tied", 2), ("gemma3", 2)])
+def test_kernels_exchange_sums_and_tokens(tiny, name, size):
+    """Through Triton's interpreter, where norms add up and sampling chooses among the workers: as one worker does."""
+    params = [SamplingParams(temperature=t, max_tokens=5, seed=i, ignore_eos=True) for i, t in enumerate([0, 1.0, 0])]
+    params[2].logprobs = 2  # needs all logits
+    found = []
+    for workers in (1, size):
+        options = dict(backend="triton", max_num_batched_tokens=40, tensor_parallel_size=workers)
+        with LLM(tiny(name), kv_cache_memory_bytes=1 << 20, **options, **OPTIONS) as llm:
+            outputs = llm.generate(PROMPTS[1:4], params, use_tqdm=False)
+            found.append((tokens(outputs), [sorted(step) for step in outputs[2].outputs[0].logprobs]))
+    assert found[0] == found[1]
+
+
 def test_gguf_and_dummy_weights(embedded, tmp_path):
     """Sources other than safetensors reach the workers; the embedded model has 3 KV heads."""
     with LLM(embedded, device="cpu", tensor_parallel_size=3, max_model_len=128, kv_cache_memory_bytes=1 << 26) as llm:

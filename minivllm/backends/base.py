@@ -42,12 +42,6 @@ class Backend(ABC):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + b.  x: [T, in]; weight: [out, in], of `pack`; bias: [out].  Returns [T, out]."""
 
-    def linear_into(
-        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The same, written to `out` [T, out]."""
-        return out.copy_(self.linear(x, weight, bias))
-
     def fp8_linear(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -22,13 +22,6 @@ class TritonBackend(Backend):
             bias = _zeros(weight.shape[0], weight.dtype, weight.device)
         return F.linear(x, weight, bias)
 
-    def linear_into(
-        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        if kernels.has_kernel(x.shape[0], weight):
-            return super().linear_into(out, x, weight, bias)
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-
     def fp8_linear(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -28,6 +28,7 @@ class Inbox:
     addresses: torch.Tensor  # [ranks] int64: of all ranks' `places`, as this rank reaches them
     turns: torch.Tensor  # [rows] int32: exchanges so far
     rank: int
+    shared: object = None  # keeps the others' memory in reach
 
     @staticmethod
     def empty(bits: int) -> int:
@@ -35,7 +36,7 @@ class Inbox:
         return -1 << (bits - 1)
 
     @property
-    def max_rows(self) -> int:
+    def num_rows(self) -> int:
         return self.places.shape[0]
 
     @property
@@ -50,13 +51,18 @@ class Inbox:
 
 
 @triton.jit
-def send(bits, addresses, offs, mask, RANKS: tl.constexpr):
-    """Write `bits` [BLOCK], integers, to the places at `offs` of every rank's inbox, this one's too."""
+def places_of_turn(row, turn, WIDTH: tl.constexpr, RANKS: tl.constexpr):
+    """Where in an inbox the places of a row's exchange number `turn` begin."""
+    return (row * 2 + turn % 2) * (RANKS * WIDTH)
+
+
+@triton.jit
+def send(bits, addresses, peer, offs, mask):
+    """Write `bits` [BLOCK], integers, to the places at `offs` of a rank's inbox."""
     EMPTY: tl.constexpr = -(2 ** (bits.dtype.primitive_bitwidth - 1))
     bits = tl.where(bits == EMPTY, 0, bits).to(bits.dtype)
-    for peer in tl.static_range(RANKS):
-        inbox = tl.load(addresses + peer).to(tl.pointer_type(bits.dtype))
-        tl.store(tl.multiple_of(inbox, 16) + offs, bits, mask)
+    inbox = tl.load(addresses + peer).to(tl.pointer_type(bits.dtype))
+    tl.store(tl.multiple_of(inbox, 16) + offs, bits, mask)
 
 
 @triton.jit
@@ -72,14 +78,21 @@ def receive(place, mask):
 
 
 @triton.jit
-def exchange_sum(value, places, addresses, row, turn, rank, offs, mask, SIZE: tl.constexpr, RANKS: tl.constexpr):
+def exchange_sum(value, places, addresses, turns, row, rank, offs, mask, SIZE: tl.constexpr, RANKS: tl.constexpr):
     """The sum over the ranks of `value` [BLOCK], elements `offs` of a row of SIZE; float32, added up in the ranks'
     order, so that all get the same."""
-    row_start = (row * 2 + turn % 2) * (RANKS * SIZE)
+    turn = tl.load(turns + row)
+    begin = places_of_turn(row, turn, SIZE, RANKS)
     bits = value.to(places.dtype.element_ty, bitcast=True)
-    send(bits, addresses, row_start + rank * SIZE + offs, mask, RANKS)
+    for peer in tl.static_range(RANKS):
+        if peer != rank:
+            send(bits, addresses, peer, begin + rank * SIZE + offs, mask)
     total = tl.zeros(value.shape, tl.float32)
     for peer in tl.static_range(RANKS):
-        bits = receive(places + row_start + peer * SIZE + offs, mask)
-        total += bits.to(value.dtype, bitcast=True).to(tl.float32)
+        if peer == rank:
+            total += value.to(tl.float32)
+        else:
+            received = receive(places + begin + peer * SIZE + offs, mask)
+            total += received.to(value.dtype, bitcast=True).to(tl.float32)
+    tl.store(turns + row, turn + 1)  # behind the barrier in `receive`: all warps have read it
     return total

@@ -20,17 +20,13 @@ def _rms_norm_kernel(
     offs = tl.arange(0, BLOCK)
     mask = offs < SIZE
     w = tl.load(weight + offs, mask, 0.0)
-    turn = 0
-    if RANKS > 1:
-        turn = tl.load(turns + row)  # written by an earlier exchange, never by the kernel just before
     wait_for_inputs(PDL)
     value = tl.load(x + row * stride_x + offs, mask, 0.0)
     dtype = value.dtype
     if ADD:
         before = tl.load(residual + row * SIZE + offs, mask, 0.0)
     if RANKS > 1:
-        value = exchange_sum(value, places, addresses, row, turn, rank, offs, mask, SIZE, RANKS)
-        tl.store(turns + row, turn + 1)
+        value = exchange_sum(value, places, addresses, turns, row, rank, offs, mask, SIZE, RANKS)
     if ADD:
         value = value.to(tl.float32) + before
     value = value.to(dtype)
@@ -57,8 +53,7 @@ def sum_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, inbox: Inbox
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the sum of all ranks' x, without a residual or with one: (normed, what was normed).  x: [rows, size],
-    contiguous, at most `inbox.max_rows` rows; `residual`, or x without one, is overwritten.  Every rank must call it.
-    """
+    contiguous; `residual`, or x without one, is overwritten.  Every rank must call it."""
     total = x if residual is None else residual
     return _launch(x, residual, total, weight, eps, inbox), total
 
@@ -73,10 +68,15 @@ def _launch(
 ) -> torch.Tensor:
     rows, size = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    exchange = (weight, weight, weight, 0) if inbox is None else inbox.arguments
-    _rms_norm_kernel[(rows,)](
-        x, x if residual is None else residual, weight, out, residual_out, *exchange, x.stride(0), eps,
-        SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None,
-        RANKS=1 if inbox is None else inbox.size, num_warps=8 if size > 2048 else 4, **launch_options(x.device),
-    )  # fmt: skip
+    ranks, exchange = (1, (weight, weight, weight, 0)) if inbox is None else (inbox.size, inbox.arguments)
+    at_once = rows if inbox is None else inbox.num_rows
+    for start in range(0, rows, at_once):
+        some = slice(start, start + at_once)
+        own = x[some]
+        _rms_norm_kernel[(own.shape[0],)](
+            own, own if residual is None else residual[some], weight, out[some], residual_out[some], *exchange,
+            x.stride(0), eps,
+            SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None, RANKS=ranks,
+            num_warps=8 if size > 2048 else 4, **launch_options(x.device),
+        )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from minivllm.kernels.device import launch_options, wait_for_inputs
-from minivllm.kernels.inbox import Inbox, receive, send
+from minivllm.kernels.inbox import Inbox, places_of_turn, receive, send
 
 SPLIT_SIZE = 4096
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
@@ -76,20 +76,23 @@ def _sample_split_kernel(
 
 @triton.jit
 def _best_of_ranks(
-    token, top, score, temp, row, turn, places, addresses, rank, RANKS: tl.constexpr, BLOCK: tl.constexpr
+    token, top, score, temp, row, places, addresses, turns, rank, RANKS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The token of the rank with the best one.  `top`: the greatest logit of this rank; `score`: of its token, drawn
     relative to it.  Of equals, the lowest token."""
-    start = (row * 2 + turn % 2) * (RANKS * 4)
+    turn = tl.load(turns + row)
+    start = places_of_turn(row, turn, 4, RANKS)
     words = tl.arange(0, 4)
     own = tl.where(words == 0, top.to(tl.int32, bitcast=True), score.to(tl.int32, bitcast=True))
     own = tl.where(words == 2, token, own)
-    send(own, addresses, start + rank * 4 + words, words < 3, RANKS)
+    for peer in tl.static_range(RANKS):
+        send(own, addresses, peer, start + rank * 4 + words, words < 3)
     ranks = tl.arange(0, BLOCK)
     place = places + start + ranks * 4
     tops = receive(place, ranks < RANKS).to(tl.float32, bitcast=True)
     scores = receive(place + 1, ranks < RANKS).to(tl.float32, bitcast=True)
     tokens = receive(place + 2, ranks < RANKS)
+    tl.store(turns + row, turn + 1)  # behind the barrier in `receive`: all warps have read it
     best = tl.where(ranks < RANKS, tops, float("-inf"))
     if temp > 0:
         top = tl.max(best, 0)
@@ -131,10 +134,8 @@ def _sample_pick_kernel(
         drawn = tl.min(tl.where(score == tl.max(score, 0), inside, NO_TOKEN), 0)
         token = tl.where(drawn == NO_TOKEN, token, drawn)
     if RANKS > 1:
-        turn = tl.load(turns + row)
         token = tl.where(token == NO_TOKEN, NO_TOKEN, token + first_id)
-        token = _best_of_ranks(token, top, best_score, temp, row, turn, inbox, addresses, rank, RANKS, BLOCK_RANKS)
-        tl.store(turns + row, turn + 1)
+        token = _best_of_ranks(token, top, best_score, temp, row, inbox, addresses, turns, rank, RANKS, BLOCK_RANKS)
     token = tl.where(token == NO_TOKEN, 0, token)  # a row of NaN has no maximum
     tl.store(tokens + row, token)
     tl.store(last_token + tl.load(slots + row), token)
@@ -159,7 +160,7 @@ def sample(
     multiple of SPLIT_SIZE, which the other ranks' continue; every rank must call it, and gets the same tokens.
     """
     rows, vocab_size = logits.shape
-    assert first_id % SPLIT_SIZE == 0
+    assert first_id % SPLIT_SIZE == 0 or not vocab_size
     ranks = 1 if inbox is None else inbox.size
     splits = triton.cdiv(vocab_size, SPLIT_SIZE)
     split_top = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)

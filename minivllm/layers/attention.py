@@ -63,4 +63,4 @@ class Attention(nn.Module):
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
         q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch, norms)
         out = self.backend.attention(q, kv_cache, batch, self.scale, self.window)  # [tokens, heads, head_dim]
-        return self.tp.sum(self.o_proj, (out if wanted is None else out[wanted]).flatten(1), x.shape[1])
+        return self.tp.sum(self.o_proj((out if wanted is None else out[wanted]).flatten(1)))

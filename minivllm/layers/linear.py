@@ -41,11 +41,9 @@ class Linear(nn.Module):
         if bias and in_share.index == 0:
             self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype, device=device), requires_grad=False)
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [tokens, in] -> [tokens, out], written to `out` if that is given."""
-        if out is None:
-            return self.backend.linear(x, self.weight, self.bias)
-        return self.backend.linear_into(out, x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [tokens, in] -> [tokens, out]."""
+        return self.backend.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
         """Once loaded: keep the weight in the layout that the backend likes best."""

@@ -35,8 +35,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | Summand:
         """x: [tokens, hidden] -> [tokens, hidden]."""
-        activated = self.backend.activate_and_mul(self.gate_up_proj(x), self.activation)
-        return self.tp.sum(self.down_proj, activated, x.shape[1])
+        return self.tp.sum(self.down_proj(self.backend.activate_and_mul(self.gate_up_proj(x), self.activation)))
 
 
 class LlamaLayer(nn.Module):

@@ -160,11 +160,12 @@ class ModelRunner:
         more."""
         num_logprobs = self.slots.num_logprobs[rows]
         processes = batch.token_masks or batch.processors or needs_processing(self.slots, rows, seq_lens)
+        whole = logits
         if self.tp.draws is not None and (processes or (num_logprobs >= 0).any()):
-            logits = self._gather(logits)
+            whole = self._gather(logits)
         if processes:
             processed = process_logits(
-                self.backend, logits, self.slots, rows, seq_lens, inputs.temperature, self.history, batch
+                self.backend, whole, self.slots, rows, seq_lens, inputs.temperature, self.history, batch
             )
             tokens = sample(self.backend, processed, inputs, self.last_token)  # of whole rows, the same for all
         elif tokens is None:
@@ -176,7 +177,7 @@ class ModelRunner:
         if (num_logprobs >= 0).any():
             asking = to_device(np.flatnonzero(num_logprobs >= 0), self.device)
             sampled.num_logprobs = num_logprobs
-            sampled.logprobs = token_logprobs(logits[asking], tokens[asking], int(num_logprobs.max()))
+            sampled.logprobs = token_logprobs(whole[asking], tokens[asking], int(num_logprobs.max()))
         return sampled
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

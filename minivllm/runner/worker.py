@@ -23,7 +23,7 @@ from minivllm.child_process import connect
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import MAX_DRAFT_ROWS
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import MAX_SUM_ROWS, TensorParallel, open_inbox, see_each_other
+from minivllm.parallel import SUM_ROWS, TensorParallel, open_inbox, see_each_other
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.runner.pending_step import PendingStep
 
@@ -113,10 +113,12 @@ def _join(config: EngineConfig, model_config: ModelConfig, rank: int, port: int)
         "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=seconds,
         device_id=torch.device(config.device) if on_gpu else None,
     )  # fmt: skip
-    if config.backend != "triton" or not on_gpu or not see_each_other(torch.cuda.current_device() - rank, size):
+    device = torch.device(config.device)
+    if config.backend != "triton" or not see_each_other(device, rank, size):
         return TensorParallel(rank, size)
-    assert config.max_num_seqs is not None
-    device, bits = torch.device(config.device), getattr(torch, config.dtype).itemsize * 8
-    sums = open_inbox(MAX_SUM_ROWS, model_config.hidden_size, bits, rank, size, device)
+    bits = getattr(torch, config.dtype).itemsize * 8
+    assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
+    sum_rows = min(SUM_ROWS, config.max_num_batched_tokens)
+    sums = open_inbox(sum_rows, model_config.hidden_size, bits, rank, size, device)
     draws = open_inbox(max(config.max_num_seqs, MAX_DRAFT_ROWS), 4, 32, rank, size, device)
     return TensorParallel(rank, size, sums, draws)
