@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from minivllm.kernels import Inbox
 
 Index = tuple[slice, ...]
-SUM_ROWS = 2048  # that norms exchange at once
+SUM_ROWS = 8192  # that norms exchange at once
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ def see_each_other(device: torch.device, rank: int, size: int) -> bool:
     return all(a == b or torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus)
 
 
-def open_inbox(rows: int, width: int, bits: int, rank: int, size: int, device: torch.device) -> Inbox:
-    """This worker's inbox for values of so many bits, in memory that all workers reach.  All must call it."""
+def open_inbox(rows: int, senders: int, width: int, bits: int, rank: int, size: int, device: torch.device) -> Inbox:
+    """This worker's inbox for values of so many bits, in memory that all `size` workers reach.  All must call it."""
     from minivllm.kernels import Inbox
 
-    shape, dtype = (rows, 2, size, width), torch.int16 if bits == 16 else torch.int32
+    shape, dtype = (rows, 2, senders, width), torch.int16 if bits == 16 else torch.int32
     places, addresses, shared = (_shared_on_cpu if device.type == "cpu" else _shared_by_gpus)(
         shape, dtype, rank, size, device
     )

@@ -29,10 +29,12 @@ def tokens(outputs):
     return [[completion.token_ids for completion in output.outputs] for output in outputs]
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
-@pytest.mark.parametrize("name", ["mha", "gqa-tied", "bias", "phi3-longrope", "gemma3", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "eager"),
+    [("mha", True), ("mha", False), ("gqa-tied", False), ("bias", False), ("phi3-longrope", False), ("gemma3", False)],
+)
 def test_parity(tiny, greedy, name, eager):
-    """Few rows, whose sums norms work out, and prompts of which a step has more than those, summed by NCCL."""
+    """Few rows, and a step of more than an inbox has."""
     few, many = prompts(9), prompts(40, 200)
     with LLM(tiny(name), tensor_parallel_size=2, dtype="float32", enforce_eager=eager, **OPTIONS) as llm:
         for batch in (few, many):

@@ -24,7 +24,7 @@ import triton.language as tl
 class Inbox:
     """This rank's inbox and the way to those of the others."""
 
-    places: torch.Tensor  # [rows, 2 turns, ranks, width]: integers as wide as the elements; all empty at first
+    places: torch.Tensor  # [rows, 2 turns, senders, width]: integers as wide as the elements; all empty at first
     addresses: torch.Tensor  # [ranks] int64: of all ranks' `places`, as this rank reaches them
     turns: torch.Tensor  # [rows] int32: exchanges so far
     rank: int
@@ -42,7 +42,7 @@ class Inbox:
     @property
     def size(self) -> int:
         """Ranks."""
-        return self.places.shape[2]
+        return self.addresses.shape[0]
 
     @property
     def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
@@ -51,9 +51,9 @@ class Inbox:
 
 
 @triton.jit
-def places_of_turn(row, turn, WIDTH: tl.constexpr, RANKS: tl.constexpr):
+def places_of_turn(row, turn, WIDTH: tl.constexpr, SENDERS: tl.constexpr):
     """Where in an inbox the places of a row's exchange number `turn` begin."""
-    return (row * 2 + turn % 2) * (RANKS * WIDTH)
+    return (row * 2 + turn % 2) * (SENDERS * WIDTH)
 
 
 @triton.jit
@@ -80,19 +80,21 @@ def receive(place, mask):
 @triton.jit
 def exchange_sum(value, places, addresses, turns, row, rank, offs, mask, SIZE: tl.constexpr, RANKS: tl.constexpr):
     """The sum over the ranks of `value` [BLOCK], elements `offs` of a row of SIZE; float32, added up in the ranks'
-    order, so that all get the same."""
+    order, so that all get the same.  An inbox has places for the other ranks, in their order."""
     turn = tl.load(turns + row)
-    begin = places_of_turn(row, turn, SIZE, RANKS)
+    begin = places_of_turn(row, turn, SIZE, RANKS - 1)
     bits = value.to(places.dtype.element_ty, bitcast=True)
     for peer in tl.static_range(RANKS):
         if peer != rank:
-            send(bits, addresses, peer, begin + rank * SIZE + offs, mask)
+            own_place = rank - (rank > peer).to(tl.int32)
+            send(bits, addresses, peer, begin + own_place * SIZE + offs, mask)
     total = tl.zeros(value.shape, tl.float32)
     for peer in tl.static_range(RANKS):
         if peer == rank:
             total += value.to(tl.float32)
         else:
-            received = receive(places + begin + peer * SIZE + offs, mask)
+            place = peer - (peer > rank).to(tl.int32)
+            received = receive(places + begin + place * SIZE + offs, mask)
             total += received.to(value.dtype, bitcast=True).to(tl.float32)
     tl.store(turns + row, turn + 1)  # behind the barrier in `receive`: all warps have read it
     return total

@@ -119,6 +119,6 @@ def _join(config: EngineConfig, model_config: ModelConfig, rank: int, port: int)
     bits = getattr(torch, config.dtype).itemsize * 8
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
     sum_rows = min(SUM_ROWS, config.max_num_batched_tokens)
-    sums = open_inbox(sum_rows, model_config.hidden_size, bits, rank, size, device)
-    draws = open_inbox(max(config.max_num_seqs, MAX_DRAFT_ROWS), 4, 32, rank, size, device)
+    sums = open_inbox(sum_rows, size - 1, model_config.hidden_size, bits, rank, size, device)
+    draws = open_inbox(max(config.max_num_seqs, MAX_DRAFT_ROWS), size, 4, 32, rank, size, device)
     return TensorParallel(rank, size, sums, draws)
