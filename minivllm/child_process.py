@@ -21,8 +21,9 @@ def start_process(
     `environment`: variables that it gets unless they are set here."""
     ours, theirs = socket.socketpair()
     with theirs:
+        # -P: the caller's path decides which modules are found, not the folder it is in.
         process = subprocess.Popen(
-            [sys.executable, "-c", f"from {module} import main; main({theirs.fileno()})"],
+            [sys.executable, "-P", "-c", f"from {module} import main; main({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
             env={
                 **(environment or {}),
