@@ -5,10 +5,10 @@ empty while it holds EMPTY (−0.0), so a value tells of its arrival by itself: 
 empty, takes what is there, and empties the place for a later turn.  One trip over NVLink, and no flag beside the data
 (the "Lamport" exchange of TensorRT-LLM's one-shot all-reduce).  A −0.0 is sent as 0.0.
 
-Program r of a kernel exchanges row r.  A row has two sets of places, which take turns: whoever sends for the second
-time after this one has received what was sent next, from kernels that began when this one had ended everywhere.  Turns
-are counted on the device, row by row, so replays of CUDA graphs and eager launches may follow in any order, as long as
-all ranks run the same kernels.
+Program r of a kernel exchanges row r.  A row has two sets of places, used in turn.  Who sends to a set again has
+received what was sent to the other one since, by kernels that began after those which emptied this set: so it is empty.
+Turns are counted on the device, row by row, so replays of CUDA graphs and eager launches may follow in any order, as
+long as all ranks run the same kernels.
 """
 
 from __future__ import annotations

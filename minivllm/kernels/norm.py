@@ -69,13 +69,13 @@ def _launch(
     rows, size = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ranks, exchange = (1, (weight, weight, weight, 0)) if inbox is None else (inbox.size, inbox.arguments)
-    at_once = rows if inbox is None else inbox.num_rows
-    for start in range(0, rows, at_once):
-        some = slice(start, start + at_once)
-        own = x[some]
+    tensors = x, x if residual is None else residual, out, residual_out
+    parts = [tensors]
+    if inbox is not None and rows > inbox.num_rows:
+        parts = list(zip(*(tensor.split(inbox.num_rows) for tensor in tensors), strict=True))
+    for own, before, normed, total in parts:
         _rms_norm_kernel[(own.shape[0],)](
-            own, own if residual is None else residual[some], weight, out[some], residual_out[some], *exchange,
-            x.stride(0), eps,
+            own, before, weight, normed, total, *exchange, x.stride(0), eps,
             SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None, RANKS=ranks,
             num_warps=8 if size > 2048 else 4, **launch_options(x.device),
         )  # fmt: skip

@@ -10,4 +10,4 @@ from minivllm.layers.linear import Linear, MergedLinear, Target
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import rope_table
 
-__all__ = ["Attention", "Embedding", "Linear", "MergedLinear", "RMSNorm", "Target", "LMHead", "rope_table"]
+__all__ = ["Attention", "Embedding", "LMHead", "Linear", "MergedLinear", "RMSNorm", "Target", "rope_table"]
