@@ -7,6 +7,7 @@ the answers of a chunk a second time changes nothing, and what is missing can be
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_FIELDS = ("generated_text", "finish_reason", "num_prompt_tokens", "num_generated_tokens", "error")
+MALFORMED = "malformed"  # the field of a row whose line is no JSON object: that line
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file, any of which can be read without those before it."""
+    """The rows of a file, any of which can be read without those before it.  Blank lines are none."""
 
     path: Path
     count: int
@@ -40,31 +42,30 @@ class Rows:
         starts, count, place = [], 0, 0
         with path.open("rb") as file:
             for line in file:
-                if count % cls.STRIDE == 0:
-                    starts.append(place)
+                if line.strip():
+                    if count % cls.STRIDE == 0:
+                        starts.append(place)
+                    count += 1
                 place += len(line)
-                count += 1
         return cls(path, count, tuple(starts))
 
     def read(self, begin: int, end: int) -> list[dict[str, Any]]:
-        """Rows [begin, end).  Raises ValueError for a line that is not a JSON object."""
+        """Rows [begin, end)."""
         if self.path.suffix == ".parquet":
             return _read_parquet(self.path, begin, end)
-        found = []
+        first = begin // self.STRIDE
         with self.path.open("rb") as file:
-            file.seek(self.starts[begin // self.STRIDE])
-            for number, line in enumerate(file, begin // self.STRIDE * self.STRIDE):
-                if number >= end:
-                    break
-                if number >= begin:
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        row = error
-                    if not isinstance(row, dict):
-                        raise ValueError(f"{self.path}, line {number + 1}: not a JSON object")
-                    found.append(row)
-        return found
+            file.seek(self.starts[first])
+            lines = itertools.islice(filter(bytes.strip, file), begin - first * self.STRIDE, end - first * self.STRIDE)
+            return [_parse(line) for line in lines]
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    return row if isinstance(row, dict) else {MALFORMED: line.decode("utf-8", "replace").strip()}
 
 
 def _read_parquet(path: Path, begin: int, end: int) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from minivllm.backends.base import SPLIT_SIZE
 
 if TYPE_CHECKING:
-    from minivllm.kernels import Inbox
+    from minivllm.kernels import Inbox, VocabShare
 
 Index = tuple[slice, ...]
 SUM_ROWS = 8192  # that norms exchange at once
@@ -90,6 +90,14 @@ class TensorParallel:
         """Token ids whose logits this worker has; the last workers may have fewer, or none."""
         most = self._most_logits(vocab_size)
         return range(min(self.rank * most, vocab_size), min((self.rank + 1) * most, vocab_size))
+
+    def vocab_share(self, vocab_size: int) -> VocabShare | None:
+        """What sampling has to know to draw from that range; None: it needs all logits."""
+        if self.draws is None:
+            return None
+        from minivllm.kernels import VocabShare
+
+        return VocabShare(self.vocab_range(vocab_size).start, self.draws)
 
     def _most_logits(self, vocab_size: int) -> int:
         unit = 1 if self.draws is None else SPLIT_SIZE  # of which sampling takes whole ones

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minivllm.async_llm import AsyncLLM, EngineDeadError
-from minivllm.batch_job import ANSWER_FIELDS, Job, Rows
+from minivllm.batch_job import ANSWER_FIELDS, MALFORMED, Job, Rows
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -122,24 +122,45 @@ class _Engine:
 
     def __init__(self, job: Job, model: str | None, engine_arguments: dict[str, Any]) -> None:
         self._job = job
-        self._llm = AsyncLLM(model, **engine_arguments)
+        self._make_llm = lambda: AsyncLLM(model, **engine_arguments)
+        self._llm = self._make_llm()
+        self._one_by_one = threading.Lock()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         [chunk] = batch["chunk"]
         if not self._job.has(int(chunk)):  # a chunk whose actor was lost may have been written all the same
-            answering = self._answer_chunk(int(chunk))
+            rows = self._job.rows_of(int(chunk))
             try:
-                asyncio.run_coroutine_threadsafe(answering, self._loop).result()
-            except EngineDeadError:
-                os._exit(1)  # a new actor takes over
+                answers = self._run(self._answer_all(rows))
+            except EngineDeadError:  # of one of these rows, perhaps: that one is not to take the others with it
+                with self._one_by_one:
+                    answers = [self._answer_alone(row) for row in rows]
+            self._job.write(int(chunk), answers)
         answers = self._job.read(int(chunk))
         return {"num_rows": [len(answers)], "num_failed": [sum(row["error"] is not None for row in answers)]}
 
-    async def _answer_chunk(self, chunk: int) -> None:
-        answers = await asyncio.gather(*(self._answer(row) for row in self._job.rows_of(chunk)))
-        self._job.write(chunk, answers)
+    def _run(self, answering: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(answering, self._loop).result()
+
+    async def _answer_all(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return await asyncio.gather(*map(self._answer, rows))
+
+    def _answer_alone(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The answer, by a new engine if there is none any more; a row that has ended two of them gets no third."""
+        reason = None
+        for _ in range(2):
+            try:
+                return self._run(self._answer(row))
+            except EngineDeadError as error:
+                reason = error
+            try:
+                self._llm.shutdown()
+                self._llm = self._make_llm()
+            except Exception:
+                os._exit(1)  # an actor elsewhere takes over
+        return dict.fromkeys(ANSWER_FIELDS) | {"error": f"no engine outlived this row: {reason}"}
 
     async def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = dict.fromkeys(ANSWER_FIELDS)
@@ -162,6 +183,8 @@ class _Engine:
         return answer
 
     def _prompt(self, row: dict[str, Any]) -> Any:
+        if MALFORMED in row:
+            raise ValueError("the row is not a JSON object")
         if row.get("messages") is not None:
             return self._llm.inputs.preprocess_chat(row["messages"])
         if row.get("prompt_token_ids") is not None:

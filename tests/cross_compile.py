@@ -105,6 +105,14 @@ for dtype in (torch.bfloat16, torch.float32):
         kernels.sum_rms_norm(x, None, x[0], 1e-5, inbox)
         kernels.sum_rms_norm(x, x.clone(), x[0], 1e-5, inbox)
         inbox = kernels.Inbox(torch.zeros(2, 2, ranks, 4, dtype=torch.int32), addresses, lens[0], 0)
-        kernels.sample(x, torch.ones(2), torch.ones(2, dtype=torch.int64), lens[0], lens[0], lens[0], 4096, inbox)
+        kernels.sample(
+            x,
+            torch.ones(2),
+            torch.ones(2, dtype=torch.int64),
+            lens[0],
+            lens[0],
+            lens[0],
+            kernels.VocabShare(4096, inbox),
+        )
     kernels.sample(x, torch.ones(2), torch.ones(2, dtype=torch.int64), lens[0], lens[0], lens[0])
     kernels.truncate(x.float(), torch.ones(2), lens[0], torch.ones(2), torch.ones(2))

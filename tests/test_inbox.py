@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minivllm import kernels
-from minivllm.kernels import Inbox
+from minivllm.kernels import Inbox, VocabShare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -121,7 +121,9 @@ def test_ranks_draw_as_one(vocab, ranks):
                                 for i in range(ranks)]).to(DEVICE)  # fmt: skip
         drawn = run_ranks(
             inboxes,
-            lambda rank, draw=draw: draw(logits[:, rank * size : (rank + 1) * size], rank * size, inboxes[rank]),
+            lambda rank, draw=draw: draw(
+                logits[:, rank * size : (rank + 1) * size], VocabShare(rank * size, inboxes[rank])
+            ),
             messages,
             same_kernel=False,
         )

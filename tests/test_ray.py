@@ -32,9 +32,11 @@ def test_rows_are_read_from_anywhere(tmp_path):
     found = Rows.open(tmp_path / "in.parquet")
     for begin, end in ((0, 3), (69, 71), (128, 300), (299, 300)):
         assert found.read(begin, end) == rows[begin:end]
-    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n[1]\n')
-    with pytest.raises(ValueError, match="line 2: not a JSON object"):
-        Rows.open(tmp_path / "bad.jsonl").read(0, 2)
+    good = [{"id": i} for i in range(100)]
+    (tmp_path / "odd.jsonl").write_text("\n" + "\n \n".join(map(json.dumps, good)) + '\n[1]\n\n{"a": \n')
+    found = Rows.open(tmp_path / "odd.jsonl")
+    assert found.count == 102 and found.read(60, 70) == good[60:70]
+    assert found.read(99, 102) == [good[99], {"malformed": "[1]"}, {"malformed": '{"a":'}]
     with pytest.raises(ValueError, match="must be a .jsonl or .parquet file"):
         Rows.open(tmp_path / "in.csv")
 
@@ -78,6 +80,8 @@ def test_every_row_once_while_an_actor_and_a_node_die(cluster, embedded, tmp_pat
     rows = [{"id": i, "prompt": f"Number {i % 50}:"} for i in range(498)]
     rows += [{"id": 498, "messages": [{"role": "user", "content": "Hi"}]}, {"id": 499, "nothing": True}]
     source, target = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    with source.open("a") as file:
+        file.write("\nHello\n\n")
 
     def call():
         return batch.generate(
@@ -102,9 +106,10 @@ def test_every_row_once_while_an_actor_and_a_node_die(cluster, embedded, tmp_pat
 
     threading.Thread(target=disturb, daemon=True).start()
     summary = call()
-    assert summary == batch.Summary(500, 500, 1) and len(killed) == 2
+    assert summary == batch.Summary(501, 501, 2) and len(killed) == 2
     found = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [row["id"] for row in found] == list(range(500))
+    assert [row["id"] for row in found[:500]] == list(range(500))
+    assert found[500]["malformed"] == "Hello" and found[500]["error"] == "the row is not a JSON object"
     assert "no prompt" in found[499]["error"] and found[499]["generated_text"] is None
     assert all(row["error"] is None and row["num_generated_tokens"] == 4 for row in found[:499])
     with LLM(embedded, **ENGINE) as llm:
@@ -112,7 +117,7 @@ def test_every_row_once_while_an_actor_and_a_node_die(cluster, embedded, tmp_pat
         expected = llm.generate([row["prompt"] for row in rows[:50]], params, use_tqdm=False)
     assert [row["generated_text"] for row in found[:50]] == [output.outputs[0].text for output in expected]
     start = time.monotonic()
-    assert call() == batch.Summary(500, 0, 0) and time.monotonic() - start < 2, "a second start does no work"
+    assert call() == batch.Summary(501, 0, 0) and time.monotonic() - start < 2, "a second start does no work"
     with pytest.raises(ValueError, match="belongs to another input"):
         batch.generate(source, target, embedded, sampling_params=dict(max_tokens=5), chunk_size=20, **ENGINE)
 
@@ -149,3 +154,27 @@ def test_mistakes(tmp_path):
     (tmp_path / "out.jsonl").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
         batch.generate(source, tmp_path / "out.jsonl")
+
+
+def test_a_row_that_ends_engines_is_an_error_and_the_others_are_answered(embedded, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    from minivllm import ray as batch
+
+    original, ended = batch.AsyncLLM.generate, []
+
+    def generate(self, prompt, params):
+        if prompt == "poison":
+            ended.append(self)
+            os.kill(self._process.pid, signal.SIGKILL)
+        return original(self, prompt, params)
+
+    monkeypatch.setattr(batch.AsyncLLM, "generate", generate)
+    prompts = ["One", "Two", "poison", "Three"]
+    rows = Rows.open(write_rows(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in prompts]))
+    job = Job.make(rows, tmp_path / "out.jsonl", None, dict(max_tokens=3, ignore_eos=True), 4, {})
+    engine = batch._Engine(job, embedded, ENGINE)
+    assert engine({"chunk": [0]}) == {"num_rows": [4], "num_failed": [1]}
+    engine._llm.shutdown()
+    answers = job.read(0)
+    assert [answer["num_generated_tokens"] for answer in answers] == [3, 3, None, 3]
+    assert "no engine outlived this row" in answers[2]["error"] and len({*map(id, ended)}) == 3

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from minivllm.kernels import Inbox
+    from minivllm.kernels import VocabShare
     from minivllm.parallel import Summand
     from minivllm.runner.forward_batch import ForwardBatch
 
@@ -101,24 +101,13 @@ class Backend(ABC):
         positions: torch.Tensor,
         last_token: torch.Tensor,
         slots: torch.Tensor,
+        share: VocabShare | None = None,
     ) -> torch.Tensor:
         """A token a row of logits [R, vocab], greedy where temperature is 0, also stored as last_token[slots].
-        Stateless: the random numbers are a hash of (seed, position in the output).  Returns [R] int32."""
+        Stateless: the random numbers are a hash of (seed, position in the output).  Returns [R] int32.
 
-    def sample_share(
-        self,
-        logits: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        positions: torch.Tensor,
-        last_token: torch.Tensor,
-        slots: torch.Tensor,
-        first_id: int,
-        inbox: Inbox,
-    ) -> torch.Tensor:
-        """The same where each worker has the logits of a range of token ids, here from `first_id` on, a multiple of
-        SPLIT_SIZE.  Only for backends whose kernels exchange values between GPUs."""
-        raise NotImplementedError
+        `share`: of which token ids the logits are, and the way to the workers that have the others; only for backends
+        whose kernels exchange values between GPUs."""
 
     @abstractmethod
     def truncate(

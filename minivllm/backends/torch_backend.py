@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from minivllm.backends.base import SPLIT_SIZE, Backend, KVCache, QKNorm
 from minivllm.runner.forward_batch import ForwardBatch
+
+if TYPE_CHECKING:
+    from minivllm.kernels import VocabShare
 
 FIRST_SPLIT = 1 << 30  # ids of the noise of splits
 NEVER = float("-inf")
@@ -152,7 +156,9 @@ class TorchBackend(Backend):
         positions: torch.Tensor,
         last_token: torch.Tensor,
         slots: torch.Tensor,
+        share: VocabShare | None = None,
     ) -> torch.Tensor:
+        assert share is None, "logits are gathered for this backend"
         logits = logits.float()
         tokens = logits.argmax(-1)
         drawn = temperature > 0

@@ -92,21 +92,9 @@ class TritonBackend(Backend):
         positions: torch.Tensor,
         last_token: torch.Tensor,
         slots: torch.Tensor,
+        share: kernels.VocabShare | None = None,
     ) -> torch.Tensor:
-        return kernels.sample(logits, temperature, seeds, positions, last_token, slots)
-
-    def sample_share(
-        self,
-        logits: torch.Tensor,
-        temperature: torch.Tensor,
-        seeds: torch.Tensor,
-        positions: torch.Tensor,
-        last_token: torch.Tensor,
-        slots: torch.Tensor,
-        first_id: int,
-        inbox: kernels.Inbox,
-    ) -> torch.Tensor:
-        return kernels.sample(logits, temperature, seeds, positions, last_token, slots, first_id, inbox)
+        return kernels.sample(logits, temperature, seeds, positions, last_token, slots, share)
 
     def truncate(
         self,

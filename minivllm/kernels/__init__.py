@@ -11,13 +11,14 @@ from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, pl
 from minivllm.kernels.prefill import QUERY_TILE, paged_attention_prefill
 from minivllm.kernels.quantize import quantize_rows
 from minivllm.kernels.rope_kv import rope_and_store_kv
-from minivllm.kernels.sample import sample
+from minivllm.kernels.sample import VocabShare, sample
 from minivllm.kernels.truncate import truncate
 
 __all__ = [
     "QUERY_TILE",
     "DecodePlan",
     "Inbox",
+    "VocabShare",
     "activate_and_mul",
     "add_rms_norm",
     "has_kernel",

@@ -15,6 +15,8 @@ a batch, and again after preemption.  The hash is made of a 32-bit mixer (Wellon
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,14 @@ SPLIT_SIZE = 4096
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 LOG2E = tl.constexpr(1.4426950408889634)
 FIRST_SPLIT = tl.constexpr(1 << 30)  # ids of the noise of splits
+
+
+@dataclass(frozen=True)
+class VocabShare:
+    """Of which token ids a rank has the logits: those from `first_id`, a multiple of SPLIT_SIZE, on."""
+
+    first_id: int
+    inbox: Inbox  # of at least as many rows as are drawn for, int32 of width 4
 
 
 @triton.jit
@@ -148,26 +158,24 @@ def sample(
     positions: torch.Tensor,
     last_token: torch.Tensor,
     slots: torch.Tensor,
-    first_id: int = 0,
-    inbox: Inbox | None = None,
+    share: VocabShare | None = None,
 ) -> torch.Tensor:
     """Draw a token a row, and write it where the next step reads it: last_token[slots[row]].
 
     logits: [rows, vocab_size]; temperature: [rows] float32, 0 being greedy; seeds: [rows] int64; positions: [rows]
     int32, of the token in the output; last_token: [slots] int32; slots: [rows] int32.  Returns [rows] int32.
 
-    With an `inbox` (of at least `rows` rows, int32 of width 4), the logits are those of token ids from `first_id` on, a
-    multiple of SPLIT_SIZE, which the other ranks' continue; every rank must call it, and gets the same tokens.
+    `share`: which token ids' logits these are, if not all.  Every rank must call it, and gets the same tokens.
     """
     rows, vocab_size = logits.shape
+    first_id = 0 if share is None else share.first_id
     assert first_id % SPLIT_SIZE == 0 or not vocab_size
-    ranks = 1 if inbox is None else inbox.size
     splits = triton.cdiv(vocab_size, SPLIT_SIZE)
     split_top = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     split_id = torch.empty(rows, splits, dtype=torch.int32, device=logits.device)
     split_mass = torch.empty(rows, splits, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
-    exchange = (tokens, tokens, tokens, 0) if inbox is None else inbox.arguments
+    ranks, exchange = (1, (tokens, tokens, tokens, 0)) if share is None else (share.inbox.size, share.inbox.arguments)
     options = launch_options(logits.device)
     if splits:  # a rank may have no logits
         _sample_split_kernel[(rows, splits)](

@@ -62,7 +62,7 @@ class ModelRunner:
         self.max_num_tokens = config.max_num_batched_tokens
         self.backend = make_backend(config.backend)
         self.tp = tp
-        self.first_id = tp.vocab_range(model_config.vocab_size).start
+        self.vocab_share = tp.vocab_share(model_config.vocab_size)
         self.model = model_class(model_config.architecture)(
             model_config, self.backend, self.dtype, self.device, config.max_model_len, tp
         )
@@ -161,7 +161,7 @@ class ModelRunner:
         num_logprobs = self.slots.num_logprobs[rows]
         processes = batch.token_masks or batch.processors or needs_processing(self.slots, rows, seq_lens)
         whole = logits
-        if self.tp.draws is not None and (processes or (num_logprobs >= 0).any()):
+        if self.vocab_share is not None and (processes or (num_logprobs >= 0).any()):
             whole = self._gather(logits)
         if processes:
             processed = process_logits(
@@ -183,14 +183,14 @@ class ModelRunner:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, vocab], or of this worker's token ids where `_draw` can do with them."""
         logits = self.model.compute_logits(hidden)
-        return logits if self.tp.draws is not None else self._gather(logits)
+        return self._gather(logits) if self.vocab_share is None else logits
 
     def _gather(self, logits: torch.Tensor) -> torch.Tensor:
         return self.tp.gather_logits(logits, self.model_config.vocab_size)
 
     def _draw(self, logits: torch.Tensor, inputs: SamplingInputs) -> torch.Tensor:
         """A token for each row of `_logits`."""
-        return sample(self.backend, logits, inputs, self.last_token, self.tp, self.first_id)
+        return sample(self.backend, logits, inputs, self.last_token, self.vocab_share)
 
     def _remember_admitted(self, batch: ScheduledBatch) -> None:
         """Write the known tokens of new requests that ask for what hangs on them to `history`."""

@@ -7,13 +7,16 @@ their logits before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from minivllm.backends import Backend
-from minivllm.parallel import ALONE, TensorParallel
 from minivllm.runner.slots import Slots
+
+if TYPE_CHECKING:
+    from minivllm.kernels import VocabShare
 
 
 @dataclass(slots=True)
@@ -47,14 +50,8 @@ def sample(
     logits: torch.Tensor,
     inputs: SamplingInputs,
     last_token: torch.Tensor,
-    tp: TensorParallel = ALONE,
-    first_id: int = 0,
+    share: VocabShare | None = None,
 ) -> torch.Tensor:
-    """A token for each row of logits [R, vocab]; also written to last_token[slot].  Returns [R] int32.
-
-    If `tp` has an inbox for tokens, the logits are those of this worker's token ids, from `first_id` on.
-    """
-    arguments = logits, inputs.temperature, inputs.seeds, inputs.positions, last_token, inputs.slots
-    if tp.draws is not None:
-        return backend.sample_share(*arguments, first_id, tp.draws)
-    return backend.sample(*arguments)
+    """A token for each row of logits [R, vocab], or of this worker's `share` of the vocabulary; also written to
+    last_token[slot].  Returns [R] int32."""
+    return backend.sample(logits, inputs.temperature, inputs.seeds, inputs.positions, last_token, inputs.slots, share)
