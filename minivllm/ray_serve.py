@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import xxhash
@@ -120,16 +120,19 @@ class Ingress:
             "client": None,
             "server": None,
         }
-        messages: Any = self._engine.remote(prefix_key(content), scope, content)
-        start = await anext(aiter(messages))
-
-        async def parts() -> AsyncIterator[bytes]:
-            async for message in messages:
-                yield message.get("body", b"")
-
-        response = StreamingResponse(parts(), start["status"])
+        messages = self._messages(self._engine.remote(prefix_key(content), scope, content))
+        start = await anext(messages)
+        response = StreamingResponse((message.get("body", b"") async for message in messages), start["status"])
         response.raw_headers = [(bytes(name), bytes(value)) for name, value in start["headers"]]
         return response
+
+
+    async def _messages(self, answer: Any) -> AsyncGenerator[Message, None]:
+        try:
+            async for message in answer:
+                yield message
+        finally:
+            answer.cancel()  # Serve passes a hang-up on by itself, but not always
 
 
 @serve.deployment

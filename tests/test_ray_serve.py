@@ -121,7 +121,7 @@ def test_a_client_that_hangs_up_and_a_replica_that_dies(url):
             for _ in range(4):
                 async with session.post(url + "/v1/completions", json=body) as answer:
                     await answer.content.readline()
-            end = time.monotonic() + 60
+            end = time.monotonic() + 30
             while time.monotonic() < end:  # the key of the body's prompt: the same replica
                 async with session.get(url + "/metrics", json=dict(prompt=body["prompt"])) as answer:
                     figures = dict(line.rsplit(" ", 1) for line in (await answer.text()).splitlines() if line[0] != "#")
@@ -132,7 +132,7 @@ def test_a_client_that_hangs_up_and_a_replica_that_dies(url):
                 if not running:
                     break
                 await asyncio.sleep(0.05)
-            assert running == 0 and 4 <= generated < 1000, "of 1600 tokens"
+            assert running == 0 and 4 <= generated < 400, "no request came to its end"
             before = engine_pids()
             os.kill(before[0], signal.SIGKILL)
             end = time.monotonic() + 60
