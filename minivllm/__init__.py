@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.beam_search import BeamSearchParams
 from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from minivllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from minivllm.sampling_params import (
+    RepetitionDetectionParams,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 if TYPE_CHECKING:
     from minivllm.async_llm import AsyncLLM
@@ -21,6 +26,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "Logprob",
+    "RepetitionDetectionParams",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",

@@ -40,11 +40,11 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion of a prompt.  `finish_reason` is "stop", "length", "abort" or None (unfinished).
+    """One completion of a prompt.  `finish_reason` is "stop", "length", "repetition", "abort" or None (unfinished).
 
     `stop_reason` is the stop string, or the id of the stop_token_ids, that ended it; None for end-of-sequence.
-    `logprobs` has a dict by token id for each of `token_ids`: the token sampled, then the most likely ones; None, like
-    `cumulative_logprob`, the sum for the tokens sampled, if they were not asked for.
+    `logprobs` has a dict by token id for each of `token_ids`: the token sampled, then the most likely ones, or those of
+    logprob_token_ids; None, like `cumulative_logprob`, the sum for the tokens sampled, if they were not asked for.
     """
 
     index: int

@@ -126,7 +126,6 @@ class Ingress:
         response.raw_headers = [(bytes(name), bytes(value)) for name, value in start["headers"]]
         return response
 
-
     async def _messages(self, answer: Any) -> AsyncGenerator[Message, None]:
         try:
             async for message in answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -19,11 +19,20 @@ SWITCHES = (
     "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
 )  # fmt: skip
 
+MAX_LOGPROB_TOKEN_IDS = 128
+
 # vLLM options that are not supported yet, each with the one value that asks for nothing.
 NOT_SUPPORTED_YET = {
     "best_of": None,
-    "guided_decoding": None,
     "extra_args": None,
+    "flat_logprobs": False,
+    "guided_decoding": None,
+    "prompt_logprob_start": None,
+    "prompt_logprob_token_ids": None,
+    "routed_experts_prompt_start": 0,
+    "thinking_token_budget": None,
+    "trace_decode_token_ids": None,
+    "watermarking": None,
 }
 
 
@@ -73,6 +82,35 @@ class StructuredOutputsParams:
             raise ValueError(f"structured_outputs: choice must be a list of texts, got {self.choice!r}")
 
 
+@dataclass(kw_only=True)
+class RepetitionDetectionParams:
+    """When an output ends for going round in circles: its last tokens are `min_count` times the same pattern, one of
+    `min_pattern_size` to `max_pattern_size` tokens.  Raises ValueError for values that make no sense."""
+
+    max_pattern_size: int = 0  # 0: never
+    min_pattern_size: int = 0  # 0 counts as 1
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_pattern_size", "min_pattern_size", "min_count"):
+            check_int(f"repetition_detection: {name}", getattr(self, name), 0)
+        if self.min_pattern_size > self.max_pattern_size:
+            raise ValueError(
+                f"repetition_detection: min_pattern_size ({self.min_pattern_size}) must not exceed max_pattern_size "
+                f"({self.max_pattern_size})"
+            )
+        if self.max_pattern_size and self.min_count < 2:
+            raise ValueError(f"repetition_detection: min_count must be at least 2, got {self.min_count}")
+
+    def found_in(self, token_ids: Sequence[int]) -> bool:
+        """Whether the tokens end in such a repetition."""
+        if not self.max_pattern_size:
+            return False
+        tail = list(token_ids[-self.max_pattern_size * self.min_count :])
+        sizes = range(max(1, self.min_pattern_size), min(self.max_pattern_size, len(tail) // self.min_count) + 1)
+        return any(tail[-size * self.min_count :] == tail[-size:] * self.min_count for size in sizes)
+
+
 def _checked(cls: type) -> type:
     """Let the constructor of `cls` refuse options it does not have with a ValueError that says why."""
     init = cls.__init__  # type: ignore[misc]
@@ -111,6 +149,7 @@ class SamplingParams:
     max_tokens: tokens to generate at most; None: up to max_model_len.
     min_tokens: no end-of-sequence, stop token or stop string before this many.
     logprobs: how many of the most likely tokens to report at each place, beside the one sampled; -1: all.
+    logprob_token_ids: report these tokens' (up to 128) in place of the most likely ones', without their ranks.
     prompt_logprobs: the same for the tokens of the prompt.
     detokenize: False leaves `text` empty.
     skip_special_tokens, spaces_between_special_tokens: how special tokens are written in the text.
@@ -119,6 +158,9 @@ class SamplingParams:
     logits_processors: functions called for every token with the ids of the output so far, or of prompt and output, and
         the logits of the next token, a float32 tensor [vocab_size] on the model's device, that return these changed.
         They come before the penalties.  The next step waits until this token is known.
+    skip_reading_prefix_cache: compute the whole prompt, whatever of it is cached; the default with prompt_logprobs.
+    repetition_detection: end the output when its last tokens are a pattern over and over (finish_reason "repetition").
+    stream_interval: in streams, an output for every so many tokens, beside the first and the last one.
     truncate_prompt_tokens: keep only so many tokens, the last ones, of the prompt; -1: what max_model_len has room for.
     structured_outputs: a grammar that the text must follow; it ends where that does, whatever min_tokens and ignore_eos
         say.
@@ -140,6 +182,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -151,6 +194,9 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     logits_processors: list[LogitsProcessor] | None = None
     truncate_prompt_tokens: int | None = None
+    skip_reading_prefix_cache: bool | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
+    stream_interval: int | None = None
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -163,8 +209,8 @@ class SamplingParams:
                 raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be greater than 0, got {self.repetition_penalty}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or positive, got {self.temperature}")
+        if not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature must be in [0, 2], 0 being greedy, got {self.temperature}")
         if 0 < self.temperature < MIN_TEMPERATURE:
             warnings.warn(f"temperature {self.temperature} raised to {MIN_TEMPERATURE}; 0 is greedy", stacklevel=4)
             self.temperature = MIN_TEMPERATURE
@@ -190,6 +236,16 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), -1)
+        self.logprob_token_ids = _token_ids("logprob_token_ids", self.logprob_token_ids)
+        if self.logprob_token_ids is not None:
+            number = len(self.logprob_token_ids)
+            if not 1 <= number <= MAX_LOGPROB_TOKEN_IDS:
+                raise ValueError(f"logprob_token_ids must have 1 to {MAX_LOGPROB_TOKEN_IDS} token ids, got {number}")
+            if self.logprobs not in (None, number):
+                raise ValueError(
+                    f"logprobs ({self.logprobs}) must be the number of logprob_token_ids ({number}); leave it out"
+                )
+            self.logprobs = number
         self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids) or []
         self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
         if self.allowed_token_ids == []:
@@ -215,6 +271,14 @@ class SamplingParams:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
             raise ValueError(f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r}")
+        if not isinstance(self.repetition_detection, (RepetitionDetectionParams, type(None))):
+            raise ValueError(
+                f"repetition_detection must be RepetitionDetectionParams, got {self.repetition_detection!r}"
+            )
+        if self.skip_reading_prefix_cache not in (None, True, False):
+            raise ValueError(f"skip_reading_prefix_cache must be True or False, got {self.skip_reading_prefix_cache!r}")
+        if self.stream_interval is not None:
+            check_int("stream_interval", self.stream_interval, 1)
         processors = self.logits_processors or []
         if not isinstance(processors, (list, tuple)) or any(not callable(f) or isinstance(f, type) for f in processors):
             raise ValueError(f"logits_processors must be a list of functions, got {self.logits_processors!r}")
@@ -233,6 +297,11 @@ class SamplingParams:
     def penalizes(self) -> bool:
         """Whether tokens that were there before are less, or more, likely."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether what is cached of the prompt need not be computed: its logprobs need all of it."""
+        return not self.skip_reading_prefix_cache and self.prompt_logprobs is None
 
     @property
     def can_be_drafted(self) -> bool:

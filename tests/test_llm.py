@@ -214,6 +214,7 @@ def test_numbers_too_large(tiny, name, value):
         (dict(temperature=float("nan")), "temperature must be a number"),
         (dict(temperature=float("inf")), "temperature must be"),
         (dict(temperature=None), "temperature must be a number"),
+        (dict(temperature=2.1), r"temperature must be in \[0, 2\]"),
         (dict(seed=-2), "seed must be"),
         (dict(seed="a"), "seed must be"),
         (dict(min_tokens=-1), "min_tokens must be"),
@@ -226,6 +227,15 @@ def test_numbers_too_large(tiny, name, value):
         (dict(temprature=1), "no argument 'temprature'; did you mean 'temperature'"),
         (dict(xyz=1), "no argument 'xyz'; known: n, "),
         (dict(best_of=2), "best_of is not supported yet"),
+        (dict(flat_logprobs=True), "flat_logprobs is not supported yet"),
+        (dict(thinking_token_budget=100), "thinking_token_budget is not supported yet"),
+        (dict(logprob_token_ids=[]), "logprob_token_ids must have 1 to 128 token ids, got 0"),
+        (dict(logprob_token_ids=[1] * 129), "logprob_token_ids must have 1 to 128 token ids, got 129"),
+        (dict(logprob_token_ids=[-1]), "logprob_token_ids must be"),
+        (dict(logprob_token_ids=[1, 2], logprobs=3), r"logprobs \(3\) must be the number of logprob_token_ids \(2\)"),
+        (dict(skip_reading_prefix_cache=2), "skip_reading_prefix_cache must be True or False"),
+        (dict(repetition_detection=dict(min_count=2)), "repetition_detection must be RepetitionDetectionParams"),
+        (dict(stream_interval=0), "stream_interval must be an integer of at least 1"),
         (dict(structured_outputs=1), "structured_outputs must be StructuredOutputsParams"),
         (dict(n=0), "n must be an integer of at least 1"),
         (dict(n=2, temperature=0), "n must be 1 with temperature 0"),
@@ -255,8 +265,9 @@ def test_wrong_sampling_params(options, message):
 
 def test_unsupported_options_that_ask_for_nothing_are_accepted():
     asked = SamplingParams(
-        n=1, stop=None, stop_token_ids=None, logprobs=None, presence_penalty=0, bad_words=[], seed=-1
-    )
+        n=1, stop=None, stop_token_ids=None, logprobs=None, presence_penalty=0, bad_words=[], seed=-1,
+        flat_logprobs=False, thinking_token_budget=None, extra_args={},
+    )  # fmt: skip
     assert asked == SamplingParams()
 
 

@@ -66,7 +66,7 @@ NUM_DRAWS = 40_000
     [
         dict(),
         dict(temperature=0.3),
-        dict(temperature=3.0),
+        dict(temperature=1.9),
         dict(top_k=3),
         dict(top_p=0.7),
         dict(top_p=0.95, temperature=0.6),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY_VOCAB
 
-from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm import LLM, RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from minivllm.model_config import ModelConfig
 
 PROMPTS = [[1, 2, 3], [(7 * i) % 90 for i in range(40)], [5] * 9 + [8, 5, 8], list(range(60, 85))]
@@ -258,9 +258,34 @@ def test_all_logprobs(tiny, hugging_face):
     check_logprobs(output.prompt_logprobs[1:], logits[:2], PROMPTS[0][1:], TINY_VOCAB)
 
 
+def test_logprobs_of_named_tokens(engine, tiny, hugging_face):
+    """Beside requests that ask for the most likely ones, or for none."""
+    model, named = hugging_face(tiny("gqa-tied")), [[5, 150], list(range(3, 40)), [7]]
+    params = [
+        SamplingParams(temperature=0, max_tokens=6, logprob_token_ids=named[0], prompt_logprobs=1),
+        SamplingParams(temperature=1, seed=3, max_tokens=6, logprob_token_ids=named[1], logprobs=37),
+        SamplingParams(temperature=0, max_tokens=6, logprob_token_ids=named[2]),
+        SamplingParams(temperature=0, max_tokens=6, logprobs=2),
+        SamplingParams(temperature=0, max_tokens=6),
+    ]
+    prompts = [*PROMPTS, PROMPTS[0]]
+    outputs = engine.generate(prompts, params, use_tqdm=False)
+    for prompt, own, output in zip(prompts, named, outputs, strict=False):
+        completion = output.outputs[0]
+        logprobs = logits_after(model, prompt + completion.token_ids)[len(prompt) - 1 : -1].log_softmax(-1)
+        for row, token, entry in zip(logprobs, completion.token_ids, completion.logprobs, strict=True):
+            assert entry.keys() == {token, *own} and entry[token].rank == (row >= row[token]).sum()
+            for token_id, found in entry.items():
+                assert found.logprob == pytest.approx(row[token_id].item(), abs=1e-4)
+                assert token_id == token or found.rank is None
+    assert sorted(found.rank for found in outputs[0].prompt_logprobs[1].values())[0] == 1
+    assert {*map(len, outputs[3].outputs[0].logprobs)} == {2} and outputs[4].outputs[0].logprobs is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (dict(logprob_token_ids=[TINY_VOCAB]), f"logprob_token_ids: token id {TINY_VOCAB} is outside"),
         (dict(logprobs=21), r"logprobs asks for 21, more than max_logprobs \(20\)"),
         (dict(prompt_logprobs=-1), r"prompt_logprobs asks for all \(-1\), more than max_logprobs"),
         (dict(allowed_token_ids=[5, TINY_VOCAB]), f"allowed_token_ids: token id {TINY_VOCAB} is outside"),
@@ -273,6 +298,65 @@ def test_all_logprobs(tiny, hugging_face):
 def test_what_this_model_cannot_do_is_refused(tiny, options, message):
     with make(tiny("mha")) as llm, pytest.raises(ValueError, match=message):
         llm.generate([1, 2], SamplingParams(**options), use_tqdm=False)
+
+
+def test_a_prompt_is_computed_again_if_asked_for(tiny):
+    with make(tiny("mha")) as llm:
+        prompt = list(range(64))
+        for skip, num_cached in ((None, 0), (False, 48), (True, 0), (None, 48)):
+            params = SamplingParams(max_tokens=1, temperature=0, skip_reading_prefix_cache=skip)
+            assert llm.generate(prompt, params, use_tqdm=False)[0].num_cached_tokens == num_cached
+
+
+def test_an_output_that_goes_round_in_circles_ends():
+    def ends(tokens, **options):
+        return RepetitionDetectionParams(**options).found_in(tokens)
+
+    assert ends([9, 1, 2, 1, 2, 1, 2], max_pattern_size=4, min_count=3)
+    assert not ends([9, 1, 2, 1, 2, 1, 2], max_pattern_size=4, min_count=4)
+    assert not ends([9, 1, 2, 1, 2, 1, 2], max_pattern_size=1, min_count=2)
+    assert not ends([1, 2, 1, 2, 1, 2, 3], max_pattern_size=4, min_count=2)
+    assert ends([5, 5], max_pattern_size=1, min_count=2) and not ends([5], max_pattern_size=1, min_count=2)
+    assert not ends([5, 5, 5, 5], max_pattern_size=2, min_pattern_size=2, min_count=3)
+    assert not ends([5] * 9, min_pattern_size=0) and not ends([], max_pattern_size=3, min_count=2)
+    for options in (dict(max_pattern_size=2), dict(max_pattern_size=2, min_count=1), dict(max_pattern_size=-1)):
+        with pytest.raises(ValueError, match="repetition_detection: "):
+            RepetitionDetectionParams(**options)
+    with pytest.raises(ValueError, match=r"min_pattern_size \(3\) must not exceed max_pattern_size \(2\)"):
+        RepetitionDetectionParams(max_pattern_size=2, min_pattern_size=3, min_count=2)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_repetition_detection(tiny, asynchronous):
+    """Two tokens are allowed, so that a greedy output soon repeats itself."""
+    circles = RepetitionDetectionParams(max_pattern_size=3, min_count=4)
+    params = [
+        SamplingParams(temperature=0, max_tokens=60, allowed_token_ids=[5, 9], repetition_detection=circles),
+        SamplingParams(
+            temperature=0, max_tokens=60, min_tokens=30, allowed_token_ids=[5, 9], repetition_detection=circles
+        ),
+        SamplingParams(temperature=0, max_tokens=60, allowed_token_ids=[5, 9]),
+    ]
+    with make(tiny("mha"), async_scheduling=asynchronous) as llm:
+        ended, later, whole = [o.outputs[0] for o in llm.generate([PROMPTS[0]] * 3, params, use_tqdm=False)]
+        llm.engine.scheduler.check_integrity()
+    first = next(n for n in range(1, 61) if circles.found_in(whole.token_ids[:n]))
+    assert first < 30 and ended.token_ids == whole.token_ids[:first] and later.token_ids == whole.token_ids[:30]
+    assert (ended.finish_reason, ended.stop_reason) == ("repetition", "repetition_detected")
+    assert (whole.finish_reason, whole.stop_reason) == ("length", None)
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+def test_stream_interval(tiny, kind):
+    params = SamplingParams(temperature=0, max_tokens=11, stream_interval=4, output_kind=kind, logprobs=0)
+    with make(tiny("mha")) as llm:
+        llm.engine.add_request("a", PROMPTS[0], params)
+        outputs = []
+        while llm.engine.has_unfinished_requests():
+            outputs += llm.engine.step()
+    lengths = [len(output.outputs[0].token_ids) for output in outputs]
+    assert lengths == ([1, 4, 4, 2] if kind == RequestOutputKind.DELTA else [1, 5, 9, 11])
+    assert [len(output.outputs[0].logprobs) for output in outputs] == lengths and outputs[-1].finished
 
 
 # ---- n

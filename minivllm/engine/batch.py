@@ -60,7 +60,8 @@ class ScheduledBatch:
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """The log probability of a token, its rank (1: the most likely), and the most likely tokens."""
+    """The log probability of a token, its rank (1: the most likely), and those of the most likely tokens, or of those
+    that the request has named."""
 
     logprob: float
     rank: int
@@ -68,7 +69,7 @@ class TokenLogprobs:
     top_logprobs: list[float]
 
     def first(self, num_top: int) -> TokenLogprobs:
-        """The same with fewer of the most likely tokens."""
+        """The same with fewer of the other tokens."""
         return TokenLogprobs(self.logprob, self.rank, self.top_token_ids[:num_top], self.top_logprobs[:num_top])
 
 

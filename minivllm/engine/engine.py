@@ -89,6 +89,7 @@ class Engine:
             "stop_token_ids": params.stop_token_ids,
             "allowed_token_ids": params.allowed_token_ids or [],
             "logit_bias": list(params.logit_bias or ()),
+            "logprob_token_ids": params.logprob_token_ids or [],
         }
         for name, ids in ids_by_name.items():
             if min(ids, default=0) < 0 or max(ids, default=0) >= vocab_size:
@@ -97,6 +98,8 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(params, name)
             most = self.config.max_logprobs
+            if name == "logprobs" and params.logprob_token_ids is not None:
+                continue  # they have a limit of their own
             if number is not None and number > vocab_size:
                 raise ValueError(f"{name} asks for {number}, and the vocabulary has {vocab_size} tokens")
             if number is not None and most >= 0 and (number > most or number == -1):

@@ -76,7 +76,7 @@ class OutputProcessor:
         for request in requests:
             group, sample = self._places[request]
             self._add_logprobs(sample)  # each step's own: at the end, all at once would hold up the next step
-            if request.params.output_kind == RequestOutputKind.FINAL_ONLY and not request.finished:
+            if not request.finished and _is_to_wait(sample):
                 continue
             changed.setdefault(group.request_id, []).append(sample)
         outputs = []
@@ -140,7 +140,7 @@ class OutputProcessor:
 
     def _detokenize(self, request: Request, detokenizer: Detokenizer) -> None:
         """Bring the text up to date.  A token that ended the output is no part of it, unless asked for."""
-        if isinstance(request.stop_reason, str):
+        if request.finish_reason == "stop" and isinstance(request.stop_reason, str):
             return  # the text ends there
         token_ids = request.output_token_ids
         if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
@@ -150,16 +150,16 @@ class OutputProcessor:
     def _add_logprobs(self, sample: Sample) -> None:
         """Take those of the newest tokens from the request."""
         request = sample.request
-        begin = len(request.token_ids) - len(request.logprobs)
+        begin, are_top = len(request.token_ids) - len(request.logprobs), request.params.logprob_token_ids is None
         for token_id, entry in zip(request.token_ids[begin:], request.logprobs, strict=True):
-            sample.logprobs.append(self._logprobs(token_id, entry))
+            sample.logprobs.append(self._logprobs(token_id, entry, are_top))
             sample.cumulative_logprob += entry.logprob
         request.logprobs.clear()
 
-    def _logprobs(self, token_id: int, entry: TokenLogprobs) -> dict[int, Logprob]:
+    def _logprobs(self, token_id: int, entry: TokenLogprobs, are_top: bool = True) -> dict[int, Logprob]:
         found = {token_id: Logprob(entry.logprob, entry.rank, self._text(token_id))}
         for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
-            found.setdefault(other, Logprob(logprob, rank, self._text(other)))
+            found.setdefault(other, Logprob(logprob, rank if are_top else None, self._text(other)))
         return found
 
     def _text(self, token_id: int) -> str | None:
@@ -168,3 +168,12 @@ class OutputProcessor:
         if token_id not in self._token_texts:
             self._token_texts[token_id] = self._decode([token_id])
         return self._token_texts[token_id]
+
+
+def _is_to_wait(sample: Sample) -> bool:
+    """Whether an output that goes on is not due yet."""
+    params = sample.request.params
+    if params.output_kind == RequestOutputKind.FINAL_ONLY:
+        return True
+    num_new = sample.request.num_output_tokens - sample.num_reported_tokens
+    return sample.num_reported_tokens > 0 and num_new < (params.stream_interval or 1)

@@ -247,8 +247,7 @@ class Scheduler:
 
     def _admit(self, request: Request, batch: ScheduledBatch) -> bool:
         """Move the first waiting request to the running ones, if the blocks for all its tokens are free."""
-        # Logprobs of the prompt need all of it computed.
-        hits = self.block_manager.cached_prefix(request) if request.params.prompt_logprobs is None else []
+        hits = self.block_manager.cached_prefix(request) if request.params.reads_prefix_cache else []
         num_spare = len(self.running)  # each running request may need a block soon: do not admit only to preempt
         if not self.block_manager.admit(request, hits, num_spare):
             return False
@@ -367,7 +366,11 @@ class Scheduler:
                 request.stop_reason = token
                 return self._finish(request, "stop")
         if len(request.token_ids) >= request.max_num_tokens:
-            self._finish(request, "length")
+            return self._finish(request, "length")
+        circles = params.repetition_detection
+        if circles and request.num_output_tokens >= params.min_tokens and circles.found_in(request.output_token_ids):
+            request.stop_reason = "repetition_detected"
+            self._finish(request, "repetition")
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason

@@ -151,7 +151,8 @@ def _penalize(
 
 @dataclass(slots=True)
 class LogprobTensors:
-    """Log probabilities on their way to the host, for some tokens: [N] each, and [N, K] for the most likely ones."""
+    """Log probabilities on their way to the host, for some tokens: [N] each, and [N, K] for the most likely ones, or
+    those that were named."""
 
     logprobs: torch.Tensor
     ranks: torch.Tensor
@@ -164,13 +165,20 @@ class LogprobTensors:
         return [TokenLogprobs(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> LogprobTensors:
-    """Of `token_ids` [N] and of the `num_top` most likely tokens, by the softmax of logits [N, vocab].  The copies to
-    the host are started, not waited for."""
+def token_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, named: Sequence[list[int] | None] = ()
+) -> LogprobTensors:
+    """Of `token_ids` [N] and of the `num_top` most likely tokens, by the softmax of logits [N, vocab]; in rows for
+    which `named` has token ids, at most so many, of these instead.  The copies to the host are started, not waited for.
+    """
     logits = logits.float()
     normalizer = logits.logsumexp(-1)
     own = logits.gather(1, token_ids.long()[:, None])
     values, ids = logits.topk(num_top)
+    if by_row := {row: own_ids for row, own_ids in enumerate(named) if own_ids is not None}:
+        padded = np.array([own_ids + [0] * (num_top - len(own_ids)) for own_ids in by_row.values()], np.int64)
+        ids[to_device(np.array(list(by_row)), logits.device)] = to_device(padded, logits.device)
+        values = logits.gather(1, ids)
     return LogprobTensors(
         _to_host(own[:, 0] - normalizer),
         _to_host((logits >= own).sum(-1)),

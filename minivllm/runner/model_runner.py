@@ -175,9 +175,11 @@ class ModelRunner:
             self.history[to_device(rows, self.device), to_device(seq_lens, self.device)] = tokens
         sampled = Sampled(tokens)
         if (num_logprobs >= 0).any():
-            asking = to_device(np.flatnonzero(num_logprobs >= 0), self.device)
+            own = np.flatnonzero(num_logprobs >= 0)
+            asking = to_device(own, self.device)
+            named = [self.slots.logprob_token_ids[slot] for slot in rows[own]]
             sampled.num_logprobs = num_logprobs
-            sampled.logprobs = token_logprobs(whole[asking], tokens[asking], int(num_logprobs.max()))
+            sampled.logprobs = token_logprobs(whole[asking], tokens[asking], int(num_logprobs.max()), named)
         return sampled
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

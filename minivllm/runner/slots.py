@@ -39,6 +39,7 @@ class Slots:
         self.processes = np.zeros(n, bool)  # asks for more than the backend's own sampling
         self.num_logprobs = np.full(n, -1, np.int32)  # −1: none asked for
         self.num_prompt_logprobs = np.full(n, -1, np.int32)
+        self.logprob_token_ids: list[list[int] | None] = [None] * n
 
     def apply(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray]:
         """Take in what `batch` says is new.  Returns the changes to `block_table`: flat indices (int64), values
@@ -63,6 +64,7 @@ class Slots:
             self.remembers[slot] = params.penalizes or bool(request.bad_word_ids)
             asks = params.allowed_token_ids is not None or bool(params.logit_bias)
             self.processes[slot] = params.truncates or self.remembers[slot] or asks
+            self.logprob_token_ids[slot] = params.logprob_token_ids
             for counts, asked in (
                 (self.num_logprobs, params.logprobs), (self.num_prompt_logprobs, params.prompt_logprobs),
             ):  # fmt: skip
