@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from minivllm.validation import check_int, reject_unknown
+from minivllm.output_params import RepetitionDetectionParams, StructuredOutputsParams
+from minivllm.validation import check_int, refuses_unknown_options
 
 MIN_TEMPERATURE = 0.01  # below it logits / temperature overflows; vLLM raises smaller ones to it too
 MAX_FLOAT32 = 3.4e38
@@ -48,87 +48,7 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
-@dataclass(kw_only=True)
-class StructuredOutputsParams:
-    """What the text of an output must be; one of these.  Raises ValueError for none or several.
-
-    json: a JSON schema, as a dict or as text.  regex: a regular expression for the whole text.  choice: one of these
-    texts.  grammar: a context-free grammar, in Lark's or llama.cpp's (GBNF) notation.  json_object: any JSON object.
-    disable_any_whitespace: with json, no whitespace but what the compact form has.
-    """
-
-    json: str | dict[str, Any] | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    disable_any_whitespace: bool = False
-
-    def __post_init__(self) -> None:
-        names = ("json", "regex", "choice", "grammar", "json_object")
-        given = [name for name in names if getattr(self, name) not in (None, False)]
-        if len(given) != 1:
-            raise ValueError(
-                f"structured_outputs must have one of {', '.join(names)}; got {', '.join(given) or 'none'}"
-            )
-        if self.json is not None and not isinstance(self.json, (str, dict)):
-            raise ValueError(f"structured_outputs: json must be a JSON schema, got {self.json!r}")
-        for name in ("regex", "grammar"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise ValueError(f"structured_outputs: {name} must be a string, got {getattr(self, name)!r}")
-        if self.choice is not None and not (
-            isinstance(self.choice, list) and self.choice and all(isinstance(c, str) and c for c in self.choice)
-        ):
-            raise ValueError(f"structured_outputs: choice must be a list of texts, got {self.choice!r}")
-
-
-@dataclass(kw_only=True)
-class RepetitionDetectionParams:
-    """When an output ends for going round in circles: its last tokens are `min_count` times the same pattern, one of
-    `min_pattern_size` to `max_pattern_size` tokens.  Raises ValueError for values that make no sense."""
-
-    max_pattern_size: int = 0  # 0: never
-    min_pattern_size: int = 0  # 0 counts as 1
-    min_count: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_pattern_size", "min_pattern_size", "min_count"):
-            check_int(f"repetition_detection: {name}", getattr(self, name), 0)
-        if self.min_pattern_size > self.max_pattern_size:
-            raise ValueError(
-                f"repetition_detection: min_pattern_size ({self.min_pattern_size}) must not exceed max_pattern_size "
-                f"({self.max_pattern_size})"
-            )
-        if self.max_pattern_size and self.min_count < 2:
-            raise ValueError(f"repetition_detection: min_count must be at least 2, got {self.min_count}")
-
-    def found_in(self, token_ids: Sequence[int]) -> bool:
-        """Whether the tokens end in such a repetition."""
-        if not self.max_pattern_size:
-            return False
-        tail = list(token_ids[-self.max_pattern_size * self.min_count :])
-        sizes = range(max(1, self.min_pattern_size), min(self.max_pattern_size, len(tail) // self.min_count) + 1)
-        return any(tail[-size * self.min_count :] == tail[-size:] * self.min_count for size in sizes)
-
-
-def _checked(cls: type) -> type:
-    """Let the constructor of `cls` refuse options it does not have with a ValueError that says why."""
-    init = cls.__init__  # type: ignore[misc]
-
-    @functools.wraps(init)
-    def __init__(self: Any, **options: Any) -> None:
-        for name in options.keys() & NOT_SUPPORTED_YET.keys():
-            value = options.pop(name)
-            if value != NOT_SUPPORTED_YET[name] and value not in ([], {}):
-                raise ValueError(f"SamplingParams: {name} is not supported yet")
-        reject_unknown(options, [f.name for f in fields(cls)], "SamplingParams")
-        init(self, **options)
-
-    cls.__init__ = __init__  # type: ignore[misc]
-    return cls
-
-
-@_checked
+@refuses_unknown_options(NOT_SUPPORTED_YET)
 @dataclass(kw_only=True)
 class SamplingParams:
     """How to sample one request.  Raises ValueError, naming the option, for values that make no sense.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 
@@ -21,3 +23,25 @@ def check_int(name: str, value: Any, least: int) -> None:
     """Raise ValueError unless `value` is an int (not a bool) of at least `least`, and of 64 bits at most."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def refuses_unknown_options(not_supported: Mapping[str, Any] | None = None) -> Callable[[type], type]:
+    """Let the constructor of a dataclass refuse options it does not have with a ValueError that says why; those in
+    `not_supported` are accepted with the value there, which asks for nothing."""
+
+    def change(cls: Any) -> Any:
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def __init__(self: Any, **options: Any) -> None:
+            for name, nothing in (not_supported or {}).items():
+                value = options.pop(name, nothing)
+                if value != nothing and value not in ([], {}):
+                    raise ValueError(f"{cls.__name__}: {name} is not supported yet")
+            reject_unknown(options, [f.name for f in fields(cls)], cls.__name__)
+            init(self, **options)
+
+        cls.__init__ = __init__
+        return cls
+
+    return change

@@ -84,6 +84,37 @@ def test_outputs_follow_the_grammar(llm, name):
         check(completion.text)
 
 
+OPEN = {"type": "object", "properties": {"a": {"type": "object", "properties": {"properties": {"enum": [1]}}}}}
+TAGS = json.dumps(
+    {"structures": [{"begin": "<call>", "schema": {"enum": [12]}, "end": "</call>"}], "triggers": ["<call"]}
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed", "refused"),
+    [
+        (dict(json=OPEN), '{"a": {"properties": 1, "b": 2}, "c": 3}', '{"a": {"properties": 2'),
+        (dict(json=OPEN, disable_additional_properties=True), '{"a": {"properties": 1}}', '{"a": {"b'),
+        (dict(json=OPEN, disable_additional_properties=True), "{}", '{"c'),
+        (dict(json={"anyOf": [OPEN, {"const": {"properties": 1}}]}, disable_additional_properties=True),
+         '{"properties": 1}', '{"c'),
+        (dict(json=SCHEMA, whitespace_pattern="[ ]{2}"), '{"name":  "A",  "age":  1,  "tags":  ["red",  "red"]}',
+         '{"name": "A"'),
+        (dict(structural_tag=TAGS), "Well: <call>12</call>, and <call>12</call>.", "Well: <call>13"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_grammar_lets_through(embedded, options, allowed, refused):
+    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 24) as llm:
+        tokenizer, params = llm.get_tokenizer(), SamplingParams(structured_outputs=StructuredOutputsParams(**options))
+
+        def accepts(text):
+            grammar = llm.engine._grammar(params)
+            return all(grammar.accept(token) for token in tokenizer(text).input_ids)
+
+        assert accepts(allowed) and not accepts(refused)
+
+
 def test_any_object(llm):
     params = SamplingParams(
         temperature=1, seed=3, max_tokens=100, structured_outputs=StructuredOutputsParams(json_object=True), n=4
@@ -123,11 +154,12 @@ def test_options_that_leave_nothing_end_the_request(llm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(), "must have one of json, regex, choice, grammar, json_object; got none"),
+        (dict(), "must have one of json, regex, choice, grammar, json_object, structural_tag; got none"),
         (dict(json={}, regex="a"), "got json, regex"),
         (dict(json=3), "json must be a JSON schema"),
         (dict(choice=[]), "choice must be a list of texts"),
         (dict(regex=1), "regex must be a string"),
+        (dict(jsn={}), "StructuredOutputsParams has no argument 'jsn'; did you mean 'json'"),
     ],
     ids=str,
 )
@@ -143,6 +175,8 @@ def test_wrong_params(options, message):
         (dict(json="{"), "structured_outputs: Expecting property name"),
         (dict(json={"type": "nothing"}), "structured_outputs: "),
         (dict(grammar="start: /a"), "structured_outputs: "),
+        (dict(structural_tag="{}"), "structured_outputs: 'structures'"),
+        (dict(structural_tag=TAGS.replace("<call", "<cull", 1)), "no trigger is the beginning of '<cull>'"),
     ],
     ids=str,
 )

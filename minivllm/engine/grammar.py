@@ -82,6 +82,7 @@ class GrammarCompiler:
             raise ValueError("structured_outputs needs a model with an end-of-sequence token")
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=ends)
         self._num_words = -(-vocab_size // 32)
+        self._special_tokens = frozenset(tokenizer.all_special_tokens)
         self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers at their beginning, the last used at the end
 
     def start(self, params: StructuredOutputsParams) -> Grammar:
@@ -89,7 +90,7 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         try:
-            source = _source(params)
+            source = _source(params, self._special_tokens)
         except Exception as error:  # the converters of grammars raise their own
             raise ValueError(f"structured_outputs: {error or type(error).__name__}") from error
         if source not in self._compiled:
@@ -103,7 +104,7 @@ class GrammarCompiler:
         return Grammar(self._compiled[source].deep_copy(), self._num_words)
 
 
-def _source(params: StructuredOutputsParams) -> str:
+def _source(params: StructuredOutputsParams, special_tokens: Collection[str]) -> str:
     """The grammar in llguidance's own form."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
@@ -114,9 +115,46 @@ def _source(params: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_lark(any_to_lark(params.grammar))
     if params.choice is not None:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in params.choice))
-    schema: Any = {"type": "object"} if params.json is None else params.json
+    if params.structural_tag is not None:
+        return _tags(json.loads(params.structural_tag), params, special_tokens)
+    schema = {"type": "object"} if params.json is None else params.json
+    return LLMatcher.grammar_from_json_schema(*_schema(schema, params))
+
+
+def _schema(schema: Any, params: StructuredOutputsParams) -> tuple[Any, Any]:
+    """A JSON schema, and llguidance's options for it."""
     if isinstance(schema, str):
         schema = json.loads(schema)
-    return LLMatcher.grammar_from_json_schema(
-        schema, overrides={"whitespace_flexible": not params.disable_any_whitespace}
-    )
+    if params.disable_additional_properties:
+        schema = _closed(schema)
+    options: dict[str, Any] = {"whitespace_flexible": not params.disable_any_whitespace}
+    if params.whitespace_pattern is not None:
+        options["whitespace_pattern"] = params.whitespace_pattern
+    return schema, options
+
+
+def _closed(schema: Any) -> Any:
+    """The schema, its objects without further properties where it does not say."""
+    if isinstance(schema, list):
+        return [_closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: value if key in ("enum", "const", "default") else _closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict):
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def _tags(structure: Any, params: StructuredOutputsParams, special_tokens: Collection[str]) -> str:
+    from llguidance import StructTag
+
+    tags = []
+    for part in structure["structures"]:
+        begin = part["begin"]
+        trigger = next((trigger for trigger in structure["triggers"] if begin.startswith(trigger)), None)
+        if not trigger:
+            raise ValueError(f"structural_tag: no trigger is the beginning of {begin!r}")
+        schema, options = _schema(part["schema"], params)
+        grammar = {**schema, "x-guidance": options}
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar=grammar, end=part["end"]))
+    return StructTag.to_grammar(tags, assume_special=any(tag.trigger in special_tokens for tag in tags))
