@@ -24,7 +24,7 @@ from typing import Any
 from minivllm.child_process import start_process
 from minivllm.engine_process import EngineFacts, Packed, unpack
 from minivllm.inputs import InputProcessor, Prompt
-from minivllm.loading import resolve
+from minivllm.loading import resolve, sampling_defaults
 from minivllm.metrics import Metric
 from minivllm.outputs import CompletionOutput, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -152,7 +152,11 @@ class AsyncLLM:
             )  # fmt: skip
             self.model = files.name
             # A wrong template shows before anything is loaded.
-            self.inputs = InputProcessor(files.load_tokenizer(), chat_template, files.generation_config, 0)
+            defaults = sampling_defaults(
+                files.generation_config, arguments.get("generation_config", "auto"),
+                arguments.get("override_generation_config"),
+            )  # fmt: skip
+            self.inputs = InputProcessor(files.load_tokenizer(), chat_template, defaults, 0)
             self.facts = self._load(model, {"tokenizer": tokenizer, "revision": revision,
                                             "skip_tokenizer_init": skip_tokenizer_init, **arguments})  # fmt: skip
         except BaseException:

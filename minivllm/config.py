@@ -21,14 +21,46 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "pt", "dummy")
 
 # vLLM arguments that change nothing here: accepted so that scripts run, each with the reason that a warning gives once.
 NO_MEANING_HERE = {
-    "disable_log_stats": "statistics are always kept; nothing is logged",
-    "disable_custom_all_reduce": "there is no custom all-reduce",
+    "attention_backend": "backend says who runs attention",
     "compilation_config": "the model is not compiled",
-    "max_seq_len_to_capture": "CUDA graphs cover every length",
     "cuda_graph_sizes": "CUDA graphs cover every batch size up to max_num_seqs",
+    "cudagraph_capture_sizes": "CUDA graphs cover every batch size up to max_num_seqs",
+    "disable_cascade_attn": "there is no cascade attention",
+    "disable_custom_all_reduce": "sums are part of the norms' kernels where GPUs see each other",
+    "disable_hybrid_kv_cache_manager": "blocks outside a window are always freed",
+    "disable_log_stats": "statistics are always kept; nothing is logged",
+    "distributed_executor_backend": "workers are processes on this host; across hosts, see minivllm/ray.py",
     "enable_chunked_prefill": "prefill is always chunked by max_num_batched_tokens",
+    "max_cudagraph_capture_size": "CUDA graphs cover every batch size up to max_num_seqs",
+    "max_parallel_loading_workers": "each worker reads its own share of the weights",
+    "max_seq_len_to_capture": "CUDA graphs cover every length",
+    "optimization_level": "the model is not compiled",
+    "safetensors_load_strategy": "weights go straight to the device",
     "swap_space": "preempted requests are recomputed, not swapped",
     "tokenizer_mode": "the tokenizer is the one transformers loads",
+    "use_tqdm_on_load": "a line appears only when loading takes long",
+}
+
+# vLLM arguments that ask for something there is not, each with the values that do not, and what to do instead.
+NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "convert": (("auto", "none"), "only models that generate are supported"),
+    "cpu_offload_gb": ((0,), "take tensor_parallel_size, quantization='fp8' or a smaller model"),
+    "data_parallel_size": ((1,), "start several engines, or examples/ray_serve.py --replicas N"),
+    "download_dir": ((None,), "set HF_HUB_CACHE"),
+    "enable_expert_parallel": ((False,), "mixtures of experts are not supported"),
+    "enable_lora": ((False,), "merge the adapter into its base model"),
+    "enable_prompt_embeds": ((False,), "give token ids"),
+    "enable_sleep_mode": ((False,), "shutdown() frees the GPU"),
+    "hf_token": ((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
+    "kv_transfer_config": ((None,), "KV caches are not shared between engines"),
+    "limit_mm_per_prompt": ((None, {}), "only text is supported"),
+    "logits_processors": ((None, []), "give them to SamplingParams, request by request"),
+    "model_impl": (("auto", "vllm"), "there is one implementation of each model"),
+    "pipeline_parallel_size": ((1,), "take tensor_parallel_size"),
+    "runner": (("auto", "generate"), "only models that generate are supported"),
+    "scheduling_policy": (("fcfs",), "requests are served in the order they come"),
+    "task": (("auto", "generate"), "only models that generate are supported"),
+    "tokenizer_revision": ((None,), "give the folder of that revision as tokenizer"),
 }
 
 
@@ -52,11 +84,17 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = option(
         None, "KV-cache size; default: all that is left on a GPU, up to 4 GiB on a CPU"
     )
+    num_gpu_blocks_override: int | None = option(None, "KV-cache size in blocks, in place of kv_cache_memory_bytes")
     kv_cache_dtype: str = option("auto", "auto: the model's; fp8 (8 bits, e4m3, scale 1): twice the tokens, less exact")
     quantization: str | None = option(None, "fp8: linear layers rounded to 8 bits (e4m3) when loaded")
     enable_prefix_caching: bool = option(True, "share the KV cache of equal beginnings")
     enforce_eager: bool = option(False, "no CUDA graphs")
     load_format: str = option("auto", "auto, safetensors, gguf, pt (pytorch_model*.bin) or dummy (random weights)")
+    generation_config: str = option(
+        "auto",
+        "sampling by default: auto (the model's generation_config.json), vllm (neutral), or a folder with such a file",
+    )
+    override_generation_config: dict[str, Any] | None = option(None, '{"temperature": 0.5, …}: defaults of sampling')
     seed: int = option(0, "of requests that bring none, and of dummy weights")
     max_logprobs: int = option(20, "the most log probabilities a request may ask for; -1: no limit")
     tensor_parallel_size: int = option(1, "GPUs, each with a process of its own, that share the model")
@@ -74,7 +112,11 @@ class EngineConfig:
     def from_arguments(cls, arguments: Mapping[str, Any]) -> EngineConfig:
         """From keyword arguments as users give them: unknown ones are errors, vLLM's meaningless ones warn."""
         known = [one.name for one in fields(cls)]
-        reject_unknown(arguments, [*known, *NO_MEANING_HERE], "LLM")
+        for name in arguments.keys() & NOT_SUPPORTED.keys():
+            harmless, remedy = NOT_SUPPORTED[name]
+            if arguments[name] not in harmless:
+                raise ValueError(f"{name}={arguments[name]!r} is not supported: {remedy}")
+        reject_unknown(arguments, [*known, *NO_MEANING_HERE, *NOT_SUPPORTED], "LLM")
         for name in arguments.keys() & NO_MEANING_HERE.keys():
             warnings.warn(f"{name} has no effect: {NO_MEANING_HERE[name]}", stacklevel=3)
         dtype = arguments.get("dtype", "auto")
@@ -83,7 +125,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes",
-                     "distributed_timeout_seconds"):  # fmt: skip
+                     "num_gpu_blocks_override", "distributed_timeout_seconds"):  # fmt: skip
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), 1)
         check_int("block_size", self.block_size, 1)

@@ -11,12 +11,13 @@ from minivllm.chat_template import Message, is_conversation, load_template, rend
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # that a model may recommend
 CheckedRequest = tuple[list[int], SamplingParams, str | None]  # token ids, params, text if known
 
 
 class InputProcessor:
     """Of one model.  tokenizer: a Hugging Face one, or None; chat_template: in place of the tokenizer's own, text or
-    file; generation_config: the model's generation_config.json."""
+    file; generation_config: what recommends the options of requests that bring none."""
 
     def __init__(
         self, tokenizer: Any, chat_template: str | Path | None, generation_config: Mapping[str, Any], max_model_len: int
@@ -33,8 +34,8 @@ class InputProcessor:
         return self.tokenizer
 
     def default_options(self) -> dict[str, Any]:
-        """The options of SamplingParams that the model's generation_config.json recommends."""
-        names = {"max_new_tokens": "max_tokens", **{n: n for n in ("temperature", "top_k", "top_p", "min_p")}}
+        """The options of SamplingParams that the generation config recommends."""
+        names = {"max_new_tokens": "max_tokens", **{n: n for n in DEFAULTS}}
         given = {ours: self._generation_config.get(theirs) for theirs, ours in names.items()}
         return {name: value for name, value in given.items() if value is not None}
 

@@ -23,7 +23,7 @@ from minivllm.chat_template import Message
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
 from minivllm.inputs import CheckedRequest, InputProcessor, Prompt, is_one_prompt
-from minivllm.loading import resolve
+from minivllm.loading import resolve, sampling_defaults
 from minivllm.metrics import Metric, collect
 from minivllm.model_config import ModelConfig, override
 from minivllm.models import model_class
@@ -82,9 +82,10 @@ class LLM:
         self.model_config.share(config.tensor_parallel_size)  # refuses what cannot be cut so
         self.config = config.resolve(self.model_config, device)
         assert self.config.max_model_len is not None
-        self.inputs = InputProcessor(
-            files.load_tokenizer(), chat_template, files.generation_config, self.config.max_model_len
+        defaults = sampling_defaults(
+            files.generation_config, config.generation_config, config.override_generation_config
         )
+        self.inputs = InputProcessor(files.load_tokenizer(), chat_template, defaults, self.config.max_model_len)
         self._executor = make_executor(self.config, self.model_config, files.weights)
         self.engine = Engine(self.config, self.model_config, self._executor, self.inputs.tokenizer)
         self._request_ids = itertools.count()

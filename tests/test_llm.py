@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from conftest import TINY_VOCAB
 
 import minivllm
 from minivllm import LLM, RequestOutputKind, SamplingParams
+from minivllm.async_llm import AsyncLLM
 from minivllm.backends import make_backend
-from minivllm.config import NO_MEANING_HERE
+from minivllm.config import NO_MEANING_HERE, NOT_SUPPORTED, EngineConfig
 from minivllm.engine.detokenizer import Detokenizer
 from minivllm.layers import Attention, rope_table
 from minivllm.model_config import ModelConfig
@@ -111,14 +113,40 @@ def test_one_params_for_all_or_one_a_prompt(llm):
 
 def test_default_params_are_the_model_s(tiny, tmp_path):
     folder = shutil.copytree(tiny("mha"), tmp_path / "model")
-    recommended = dict(temperature=0.3, top_k=7, top_p=0.8, min_p=0.1, max_new_tokens=5, eos_token_id=[4, 5])
+    recommended = dict(
+        temperature=0.3, top_k=7, top_p=0.8, min_p=0.1, max_new_tokens=5, repetition_penalty=1.05, eos_token_id=[4, 5]
+    )
     (folder / "generation_config.json").write_text(json.dumps(recommended))
+    asked = dict(temperature=0.3, top_k=7, top_p=0.8, min_p=0.1, max_tokens=5, repetition_penalty=1.05)
     with make(str(folder)) as llm:
-        assert llm.get_default_sampling_params() == SamplingParams(
-            temperature=0.3, top_k=7, top_p=0.8, min_p=0.1, max_tokens=5
-        )
+        assert llm.get_default_sampling_params() == SamplingParams(**asked)
         assert llm.engine.scheduler.eos_token_ids == {4, 5}
         assert len(llm.generate([1, 2], use_tqdm=False)[0].outputs[0].token_ids) <= 5
+
+
+@pytest.mark.parametrize("kind", [LLM, AsyncLLM])
+def test_other_defaults_of_sampling(tiny, tmp_path, kind):
+    folder, other = shutil.copytree(tiny("mha"), tmp_path / "model"), tmp_path / "other"
+    other.mkdir()
+    for place, content in ((folder, dict(temperature=0.3, eos_token_id=7)), (other, dict(temperature=0.7, top_k=9))):
+        (place / "generation_config.json").write_text(json.dumps(content))
+    for options, asked in (
+        (dict(generation_config="vllm"), {}),
+        (dict(generation_config=str(other)), dict(temperature=0.7, top_k=9)),
+        (dict(override_generation_config=dict(top_p=0.5)), dict(temperature=0.3, top_p=0.5)),
+        (dict(generation_config="vllm", override_generation_config=dict(max_new_tokens=3)), dict(max_tokens=3)),
+    ):
+        with kind(str(folder), device="cpu", skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 20, **options) as llm:
+            assert llm.inputs.default_options() == asked
+            if kind is LLM:
+                assert llm.engine.scheduler.eos_token_ids == {7}, "these hold always"
+    for options, error in (
+        (dict(generation_config="nowhere"), "generation_config: there is no nowhere"),
+        (dict(generation_config=3), "generation_config must be"),
+        (dict(override_generation_config="x"), "override_generation_config must be a dict"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=error):
+            kind(str(folder), device="cpu", skip_tokenizer_init=True, **options)
 
 
 def test_chat(embedded_llm):
@@ -343,6 +371,22 @@ def test_a_missing_folder():
 def test_meaningless_arguments_warn(tiny, name):
     with pytest.warns(UserWarning, match=f"{name} has no effect: {NO_MEANING_HERE[name]}"):
         make(tiny("mha"), **{name: 1})
+
+
+@pytest.mark.parametrize("name", NOT_SUPPORTED)
+def test_arguments_that_ask_for_what_there_is_not(tiny, name):
+    harmless, remedy = NOT_SUPPORTED[name]
+    for value in harmless:
+        EngineConfig.from_arguments({name: value})
+    with pytest.raises(ValueError, match=re.escape(f"{name}='other' is not supported: {remedy}")):
+        make(tiny("mha"), **{name: "other"})
+
+
+def test_a_number_of_blocks(tiny):
+    with make(tiny("mha"), num_gpu_blocks_override=7) as llm:
+        assert llm.engine.scheduler.block_manager.num_blocks == 7
+    with pytest.raises(ValueError, match="num_gpu_blocks_override must be an integer of at least 1"):
+        make(tiny("mha"), num_gpu_blocks_override=0)
 
 
 def test_a_temperature_too_small_is_raised():

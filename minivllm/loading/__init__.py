@@ -2,7 +2,7 @@
 
 from minivllm.loading.embedded import cache_dir, embedded_model
 from minivllm.loading.gguf_file import GGUFSource, gguf_config, gguf_tokenizer
-from minivllm.loading.resolve import ModelFiles, resolve
+from minivllm.loading.resolve import ModelFiles, resolve, sampling_defaults
 from minivllm.loading.weights import PickleSource, SafetensorsSource, WeightSource, fill_dummy, load_weights
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "gguf_tokenizer",
     "load_weights",
     "resolve",
+    "sampling_defaults",
 ]

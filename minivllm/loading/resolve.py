@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,26 @@ def resolve(
         if own_tokenizer:
             tokenizer_folder = _check_tokenizer(folder)
     return ModelFiles(name, config, generation_config, tokenizer_folder, weights if need_weights else None)
+
+
+def sampling_defaults(
+    own: Mapping[str, Any], source: str = "auto", override: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The generation config that sampling defaults come from.  own: the model's; source: "auto" (that), "vllm" (none)
+    or a folder that holds another; override: entries to change.  Raises ValueError or FileNotFoundError if there is no
+    such."""
+    if not isinstance(source, str):
+        raise ValueError(f"generation_config must be 'auto', 'vllm' or a folder, got {source!r}")
+    if not isinstance(override, (Mapping, type(None))):
+        raise ValueError(f"override_generation_config must be a dict, got {override!r}")
+    if source == "vllm":
+        own = {}
+    elif source != "auto":
+        path = Path(source).expanduser() / "generation_config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"generation_config: there is no {path}; give 'auto', 'vllm' or a folder with one")
+        own = _read_json(path)
+    return {**own, **(override or {})}
 
 
 def hub_folder(model: str, revision: str | None = None, patterns: list[str] | None = None) -> str:

@@ -27,21 +27,23 @@ def kv_cache_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
     block_bytes = model.kv_elements_per_token * config.block_size * dtype.itemsize
     # More than every slot at its longest is never used, but for prefixes worth keeping.
     useful = 2 * config.max_num_seqs * -(-config.max_model_len // config.block_size) * block_bytes
+    wanted, name = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    if config.num_gpu_blocks_override is not None:
+        wanted, name = config.num_gpu_blocks_override * block_bytes, "num_gpu_blocks_override"
     if config.device.startswith("cuda"):
         available = _gpu_bytes_left(config, profile)
-        if config.kv_cache_memory_bytes is not None and config.kv_cache_memory_bytes > available:
+        if wanted is not None and wanted > available:
             raise ValueError(
-                f"kv_cache_memory_bytes ({config.kv_cache_memory_bytes / GIB:.2f} GiB) is more than the "
-                f"{max(0, available) / GIB:.2f} GiB that weights and activations leave of gpu_memory_utilization "
-                f"{config.gpu_memory_utilization}; lower it"
+                f"{name} ({wanted / GIB:.2f} GiB) is more than the {max(0, available) / GIB:.2f} GiB that weights and "
+                f"activations leave of gpu_memory_utilization {config.gpu_memory_utilization}; lower it"
             )
     else:
         available = min(CPU_KV_CACHE_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, useful)
-    num_blocks = (config.kv_cache_memory_bytes or available) // block_bytes
+    num_blocks = (wanted or available) // block_bytes
     if num_blocks < 1:
         raise ValueError(
             f"no memory is left for the KV cache: one block needs {block_bytes} bytes, there are "
-            f"{max(0, config.kv_cache_memory_bytes or available)}; raise gpu_memory_utilization or "
+            f"{max(0, wanted or available)}; raise gpu_memory_utilization or "
             "kv_cache_memory_bytes, or lower max_num_batched_tokens, max_num_seqs or max_model_len"
         )
     return num_blocks
