@@ -7,7 +7,7 @@ Everything else (norms, the residual stream, sampling) every worker does for its
 
 Where GPUs see each other's memory, no library is called between kernels: the sums are left to the norm that comes
 next, whose kernel exchanges the summands (`kernels/inbox.py`), as that of sampling does the tokens that each worker
-has drawn from its logits.  Elsewhere sums and logits go through NCCL, or gloo on CPUs.
+has drawn from its logits.  Elsewhere, and for many rows among many GPUs, it is NCCL, or gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from minivllm.kernels import Inbox, VocabShare
 
 Index = tuple[slice, ...]
-SUM_ROWS = 8192  # that norms exchange at once
+SENT_ROWS = 8192  # of a sum, to all others together, that norms exchange; NCCL moves fewer bytes for more of them
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class TensorParallel:
         """The workers' x added up, in place, or left to the norm that comes next."""
         if self.size == 1:
             return x
-        if self.sums is not None:
+        if self.sums is not None and x.shape[0] <= self.sums.num_rows:
             return Summand(x, self.sums)
         dist.all_reduce(x)
         return x

@@ -35,7 +35,7 @@ def tokens(outputs):
     [("mha", True), ("mha", False), ("gqa-tied", False), ("bias", False), ("phi3-longrope", False), ("gemma3", False)],
 )
 def test_parity(tiny, greedy, name, eager):
-    """Few rows, and a step of more than an inbox has."""
+    """Few rows, and steps of thousands."""
     few, many = prompts(9), prompts(40, 200)
     with LLM(tiny(name), tensor_parallel_size=2, dtype="float32", enforce_eager=eager, **OPTIONS) as llm:
         for batch in (few, many):

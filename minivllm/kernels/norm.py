@@ -53,7 +53,8 @@ def sum_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, inbox: Inbox
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the sum of all ranks' x, without a residual or with one: (normed, what was normed).  x: [rows, size],
-    contiguous; `residual`, or x without one, is overwritten.  Every rank must call it."""
+    contiguous, at most `inbox.num_rows` rows; `residual`, or x without one, is overwritten.  Every rank must call it.
+    """
     total = x if residual is None else residual
     return _launch(x, residual, total, weight, eps, inbox), total
 
@@ -69,14 +70,9 @@ def _launch(
     rows, size = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ranks, exchange = (1, (weight, weight, weight, 0)) if inbox is None else (inbox.size, inbox.arguments)
-    tensors = x, x if residual is None else residual, out, residual_out
-    parts = [tensors]
-    if inbox is not None and rows > inbox.num_rows:
-        parts = list(zip(*(tensor.split(inbox.num_rows) for tensor in tensors), strict=True))
-    for own, before, normed, total in parts:
-        _rms_norm_kernel[(own.shape[0],)](
-            own, before, weight, normed, total, *exchange, x.stride(0), eps,
-            SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None, RANKS=ranks,
-            num_warps=8 if size > 2048 else 4, **launch_options(x.device),
-        )  # fmt: skip
+    _rms_norm_kernel[(rows,)](
+        x, x if residual is None else residual, weight, out, residual_out, *exchange, x.stride(0), eps,
+        SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None, RANKS=ranks,
+        num_warps=8 if size > 2048 else 4, **launch_options(x.device),
+    )  # fmt: skip
     return out

@@ -23,7 +23,7 @@ from minivllm.child_process import connect
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import MAX_DRAFT_ROWS
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import SUM_ROWS, TensorParallel, open_inbox, see_each_other
+from minivllm.parallel import SENT_ROWS, TensorParallel, open_inbox, see_each_other
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.runner.pending_step import PendingStep
 
@@ -118,7 +118,7 @@ def _join(config: EngineConfig, model_config: ModelConfig, rank: int, port: int)
         return TensorParallel(rank, size)
     bits = getattr(torch, config.dtype).itemsize * 8
     assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
-    sum_rows = min(SUM_ROWS, config.max_num_batched_tokens)
+    sum_rows = min(SENT_ROWS // (size - 1), config.max_num_batched_tokens)
     sums = open_inbox(sum_rows, size - 1, model_config.hidden_size, bits, rank, size, device)
     draws = open_inbox(max(config.max_num_seqs, MAX_DRAFT_ROWS), size, 4, 32, rank, size, device)
     return TensorParallel(rank, size, sums, draws)
