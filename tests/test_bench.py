@@ -240,6 +240,8 @@ def test_random_weights_of_a_shape(monkeypatch, capsys, tmp_path):
         ("--json /nowhere/out.json", "cannot write"),
         ("--compare hf --model x.gguf", ".gguf"),
         ("--model /nowhere", "no folder '/nowhere'"),
+        ("--profile x.json --tensor-parallel-size 2", "leave --tensor-parallel-size out"),
+        ("--tensor-parallel-size 2", "tensor_parallel_size (2) must divide the model's attention heads (9)"),
         ("--dtype int3", "dtype must be one of"),
         ("--temperature -1", "temperature must be"),
         ("--max-model-len 100 --input-len 64 --output-len 64", "raise --max-model-len"),

@@ -64,16 +64,13 @@ def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Na
         epilog=f"Further commands: {others}." if prog == "bench.py" else None,
     )
     add = parser.add_argument
-    _add_model(parser)
+    _add_engine(parser)
     add("--num-prompts", type=at_least(1), metavar="N", help="requests; default: 256 on a GPU, 16 on a CPU")
     add("--input-len", type=at_least(1), metavar="N", help="prompt tokens; default: 100-1024 on a GPU, 64 on a CPU")
     add("--output-len", type=at_least(1), metavar="N", help="output tokens; default: 100-1024 on a GPU, 64 on a CPU")
     add("--temperature", type=float, metavar="T", help="default: 0.6 on a GPU, 0 (greedy) on a CPU")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of the workload and of sampling (%(default)s)")
-    add("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's, on a CPU float32")
-    add("--max-model-len", type=at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
     add("--max-num-seqs", type=at_least(1), metavar="N", help="requests that run at once at most; default: 256")
-    add("--eager", action="store_true", help="no CUDA graphs")
     add("--compare", choices=["hf"], help="run the same requests through Hugging Face generate too")
     add("--json", type=output_file, metavar="FILE", help="write all figures, requests and the time series")
     add("--plot", type=output_file, metavar="FILE", help="draw the run, and on a GPU a decode step's time (PNG)")
@@ -81,22 +78,29 @@ def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Na
     args = parser.parse_args(argv)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib; pip install matplotlib, or leave --plot out")
+    if args.profile and args.tensor_parallel_size > 1:
+        parser.error("--profile traces this process; leave --tensor-parallel-size out")
     if args.compare and args.model and args.model.endswith(".gguf"):
         parser.error("--compare hf does not read .gguf files; give a folder or a hub id")
     return args
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_engine(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", help="folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct")
     what.add_argument("--shape", choices=SHAPES, help="a public model's shape with random weights")
+    add = parser.add_argument
+    add("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's, on a CPU float32")
+    add("--max-model-len", type=at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
+    add("--tensor-parallel-size", type=at_least(1), default=1, metavar="N", help="GPUs that share it (%(default)s)")
+    add("--eager", action="store_true", help="no CUDA graphs")
 
 
 def parse_latency(argv: Sequence[str], prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=prog, description="Seconds of one batch, from its prompts to its last tokens."
     )
-    _add_model(parser)
+    _add_engine(parser)
     add = parser.add_argument
     add("--batch-size", type=at_least(1), default=8, metavar="N", help="prompts at once (%(default)s)")
     add("--input-len", type=at_least(1), default=32, metavar="N", help="prompt tokens (%(default)s)")
@@ -109,9 +113,6 @@ def parse_latency(argv: Sequence[str], prog: str) -> argparse.Namespace:
         help="runs before those that count (%(default)s)",
     )
     add("--num-iters", type=at_least(1), default=5, metavar="N", help="runs that count (%(default)s)")
-    add("--dtype", default="auto", help="float32, bfloat16 or float16; default: the model's, on a CPU float32")
-    add("--max-model-len", type=at_least(1), metavar="N", help="default: the model's; 4096 with --shape")
-    add("--eager", action="store_true", help="no CUDA graphs")
     add("--json", type=output_file, metavar="FILE", help="write all figures")
     return parser.parse_args(argv)
 
@@ -167,7 +168,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
             "series": report.series_json(moments),
         }
         step = None
-        if args.profile or (args.plot and on_gpu):
+        if args.profile or (args.plot and on_gpu and args.tensor_parallel_size == 1):
             path = args.profile or str(Path(folder) / "trace.json")
             batches = profile.trace(llm, workload, path)
             if on_gpu:
@@ -209,6 +210,7 @@ def _load(args: argparse.Namespace, model: str, **options: Any) -> LLM:
         dtype=args.dtype,
         max_model_len=args.max_model_len or (4096 if args.shape else None),
         enforce_eager=args.eager,
+        tensor_parallel_size=args.tensor_parallel_size,
         **options,
     )
 

@@ -39,8 +39,9 @@ def versions() -> str:
 
 def print_pairs(pairs: dict[str, str]) -> None:
     """Print names and values, aligned."""
+    width = max(10, 2 + max(map(len, pairs)))
     for name, value in pairs.items():
-        print(f"  {name:<10}{value}", flush=True)
+        print(f"  {name:<{width}}{value}", flush=True)
 
 
 def engine(llm: LLM) -> str:
