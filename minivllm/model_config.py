@@ -14,6 +14,11 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 # What a config.json leaves out because it is the default of its kind of model.
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": dict(
+        tie_word_embeddings=True, head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
+        sliding_window=4096, sliding_window_pattern=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+        max_position_embeddings=8192,
+    ),
     "gemma3_text": dict(
         tie_word_embeddings=True, head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
         sliding_window=4096, sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=1e4,
@@ -121,6 +126,8 @@ class ModelConfig:
     local_rope: RopeConfig | None = None  # of the layers with a sliding window, if another
     activation: str = "silu"
     attention_scale: float | None = None  # None: 1 / √head_dim
+    attention_cap: float | None = None  # c: attention's scores x are c · tanh(x / c)
+    logit_cap: float | None = None  # the same of logits
     embedding_scale: float = 1.0
     zero_centered_norms: bool = False  # the checkpoint's RMSNorm weights are the true ones minus 1
     sandwich_norms: bool = False  # RMSNorm after attention and MLP too, before the residual addition
@@ -174,9 +181,8 @@ class ModelConfig:
         activation = hf.get("hidden_activation") or hf.get("hidden_act", "silu")
         if activation not in ACTIVATIONS:
             raise ValueError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-            if hf.get(name):
-                raise ValueError(f"{name} is not supported; models that need it (Gemma 2) are not")
+        if hf.get("use_bidirectional_attention"):
+            raise ValueError("use_bidirectional_attention is not supported; models that need it are not")
         heads = hf["num_attention_heads"]
         kv_heads = hf.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -198,6 +204,8 @@ class ModelConfig:
             sliding_windows=_sliding_windows(hf),
             activation=activation,
             attention_scale=None if scalar is None else scalar**-0.5,
+            attention_cap=hf.get("attn_logit_softcapping"),
+            logit_cap=hf.get("final_logit_softcapping"),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             qkv_bias=bool(hf.get("attention_bias", False)),
             o_bias=bool(hf.get("attention_bias", False)),

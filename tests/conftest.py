@@ -49,6 +49,17 @@ TINY = {
     "qwen2-windows": dict(
         model_type="qwen2", num_key_value_heads=2, use_sliding_window=True, sliding_window=18, max_window_layers=2
     ),
+    "gemma2": dict(
+        model_type="gemma2",
+        num_key_value_heads=2,
+        head_dim=24,
+        query_pre_attn_scalar=40,
+        sliding_window=19,
+        attn_logit_softcapping=4.0,  # small, so that it counts
+        final_logit_softcapping=20.0,
+        tie_word_embeddings=False,
+        initializer_range=0.7,
+    ),
     "gemma3": dict(
         model_type="gemma3_text",
         num_key_value_heads=1,
@@ -150,7 +161,14 @@ def hugging_face():
     """hugging_face(folder): Hugging Face's model, float32, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    return functools.cache(lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    @functools.cache
+    def load(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        if getattr(model.config, "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # torch's own attention knows no cap
+        return model
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,9 @@ for dtype in (torch.bfloat16, torch.float32):
             kernels.paged_attention_prefill(q, cache, cache, table, lens, starts, table, 0.1)
         qkv = torch.zeros(2, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
         kernels.paged_attention_prefill(q, k, k, table, lens, starts, table, 0.1, window=100)
+        if head_dim == 256 and dtype == torch.bfloat16:  # Gemma 2's
+            kernels.paged_attention_prefill(q, k, k, table, lens, starts, table, 0.1, window=100, cap=50.0)
+            kernels.paged_attention_decode(q, k, k, table, lens, 0.1, cap=50.0)
         for cache in caches:
             rope = (qkv, lens, torch.zeros(2, head_dim), cache, cache, torch.zeros(2, dtype=torch.int64), heads)
             kernels.rope_and_store_kv(*rope)

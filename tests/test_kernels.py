@@ -54,12 +54,13 @@ def paged(seq_lens, kv_heads, head_dim, block_size, dtype, *, num_columns=None, 
     return k, v, tables, keys, values
 
 
-def reference(q, keys, values, scale, window=None):
+def reference(q, keys, values, scale, window=None, cap=None):
     """Causal attention of the last queries of a sequence in float64, each to the last `window` tokens.  q: [queries,
     heads, head_dim]."""
     group = q.shape[1] // keys.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    scores = scores if cap is None else cap * (scores / cap).tanh()
     n_q, n_k = q.shape[0], keys.shape[0]
     mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
     mask = mask if window is None else mask.triu(n_k - n_q - window + 1)
@@ -125,6 +126,27 @@ def test_decode_window(window, block_size):
     for i, n in enumerate(seq_lens):
         ref = reference(q[i : i + 1], keys[i], values[i], 0.3, window)[0] if n else torch.zeros_like(out[i])
         torch.testing.assert_close(out[i].double(), ref.double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [0.5, 50.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_soft_cap(cap, dtype):
+    """On scores of up to 100, in both kernels."""
+    seq_lens, queries = [1, 70, 130], [1, 40, 130]
+    k, v, tables, keys, values = paged(seq_lens, 2, 64, 64, dtype, num_columns=4)
+    starts = [sum(queries[:i]) for i in range(len(queries) + 1)]
+    q = 20 * torch.randn(starts[-1], 4, 64, dtype=dtype, device=DEVICE)
+    last = torch.tensor(starts[1:], device=DEVICE) - 1
+    decoded = kernels.paged_attention_decode(q[last], k, v, tables, int32(seq_lens), 0.15, cap=cap)
+    tiles = torch.from_numpy(query_tiles(int32(queries).cpu().numpy(), 0)).to(DEVICE)
+    out = kernels.paged_attention_prefill(
+        q, k, v, tables, int32(seq_lens), int32(starts), tiles, 0.15, window=50, cap=cap
+    )
+    for i in range(len(queries)):
+        own = q[starts[i] : starts[i + 1]]
+        assert error(decoded[i : i + 1], reference(own[-1:], keys[i], values[i], 0.15, cap=cap)) < TOLERANCE[dtype]
+        ref = reference(own, keys[i], values[i], 0.15, 50, cap)
+        assert error(out[starts[i] : starts[i + 1]], ref) < TOLERANCE[dtype]
 
 
 def test_decode_rows_that_are_none():

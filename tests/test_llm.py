@@ -345,8 +345,7 @@ def test_wrong_arguments(tiny, arguments, message):
         (dict(rope_parameters=dict(rope_type="llama3", factor=2.0)), "llama3 RoPE settings lack low_freq_factor"),
         (dict(quantization_config=dict(quant_method="awq")), "quantized with 'awq' are not supported"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-        (dict(attn_logit_softcapping=50.0), "attn_logit_softcapping is not supported; models that need it .Gemma 2."),
-        (dict(final_logit_softcapping=30.0), "final_logit_softcapping is not supported"),
+        (dict(use_bidirectional_attention=True), "use_bidirectional_attention is not supported"),
         (dict(vocab_size=None), "lacks vocab_size"),
         (dict(num_key_value_heads=3), "must be a multiple of num_key_value_heads"),
         (dict(num_hidden_layers=2), "model.layers.2"),  # tensors that would go unused

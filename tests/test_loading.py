@@ -968,3 +968,7 @@ def test_what_a_gemma_config_leaves_out():
     scaled = ModelConfig.from_hf(hub | dict(rope_scaling=dict(rope_type="linear", factor=8.0)))
     assert model_class("Gemma3ForCausalLM").adapt(scaled).max_position_embeddings == 131072
     assert scaled.rope.factor == 8.0 and scaled.local_rope.type == "default", "windows are not stretched"
+    second = ModelConfig.from_hf(dict(shape, architectures=["Gemma2ForCausalLM"], model_type="gemma2"))
+    assert second.tie_word_embeddings and second.head_dim == 256 and second.attention_scale == 1 / 16
+    assert second.sliding_windows == (4096, None) * 3 + (4096,) and second.local_rope is None
+    assert (second.attention_cap, second.logit_cap, second.max_position_embeddings) == (50.0, 30.0, 8192)

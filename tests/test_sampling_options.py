@@ -258,6 +258,16 @@ def test_all_logprobs(tiny, hugging_face):
     check_logprobs(output.prompt_logprobs[1:], logits[:2], PROMPTS[0][1:], TINY_VOCAB)
 
 
+def test_logprobs_of_capped_logits(tiny, hugging_face):
+    prompt = PROMPTS[1]
+    with make(tiny("gemma2")) as llm:
+        params = SamplingParams(temperature=0, max_tokens=6, logprobs=4, prompt_logprobs=2)
+        output = llm.generate(prompt, params, use_tqdm=False)[0]
+    logits = logits_after(hugging_face(tiny("gemma2")), prompt + output.outputs[0].token_ids)
+    check_logprobs(output.outputs[0].logprobs, logits[len(prompt) - 1 : -1], output.outputs[0].token_ids, 4)
+    check_logprobs(output.prompt_logprobs[1:], logits[: len(prompt) - 1], prompt[1:], 2)
+
+
 def test_logprobs_of_named_tokens(engine, tiny, hugging_face):
     """Beside requests that ask for the most likely ones, or for none."""
     model, named = hugging_face(tiny("gqa-tied")), [[5, 150], list(range(3, 40)), [7]]

@@ -50,7 +50,8 @@ def are_gone(processes, seconds=5.0):
 
 # Of the tiny checkpoints: 4 query heads, and as many, 2 or 1 KV heads, so that some are cut and some are shared.
 @pytest.mark.parametrize(
-    ("name", "size"), [("mha", 2), ("gqa-tied", 4), ("bias", 2), ("phi3-longrope", 2), ("gemma3", 2), ("qwen3", 4)]
+    ("name", "size"),
+    [("mha", 2), ("gqa-tied", 4), ("bias", 2), ("phi3-longrope", 2), ("gemma2", 2), ("gemma3", 2), ("qwen3", 4)],
 )
 def test_same_tokens(tiny, greedy, name, size):
     folder = tiny(name)

@@ -16,7 +16,9 @@ PROMPTS = [[(7 * i + j) % 150 for j in range(n)] for i, n in enumerate([3, 16, 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py does this for real")
-@pytest.mark.parametrize("name", ["gqa-tied", "odd-head-dim", "mistral-window", "qwen2-windows", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["gqa-tied", "odd-head-dim", "mistral-window", "qwen2-windows", "qwen3", "gemma2", "gemma3"]
+)
 def test_same_tokens_as_torch(tiny, name):
     params = [SamplingParams(temperature=t, max_tokens=6, seed=i) for i, t in enumerate([0.0, 0.0, 1.0, 0.0])]
     tokens = {}

@@ -87,10 +87,17 @@ class Backend(ABC):
 
     @abstractmethod
     def attention(
-        self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float, window: int | None = None
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
     ) -> torch.Tensor:
         """Causal softmax(scale · q Kᵀ) V over each row's cached keys, or the last `window` of them, the query's own
-        included.  The only place the scale is applied.  q: [T, H, D].  Returns [T, H, D]."""
+        included.  The only place the scale is applied.  With a `cap`, softmax(cap · tanh(scale · q Kᵀ / cap)) V.
+        q: [T, H, D].  Returns [T, H, D]."""
 
     @abstractmethod
     def sample(

@@ -87,23 +87,35 @@ class TorchBackend(Backend):
         return rotated[:, :num_heads].to(qkv.dtype)
 
     def attention(
-        self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float, window: int | None = None
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         groups = batch.plan.decode_groups
         if window not in groups:
             groups[window] = list(_decode_groups(batch, kv_cache[0].shape[1], window))
         for rows, tables, mask in groups[window]:
-            out[rows] = self._decode(q[rows], kv_cache, tables, mask, scale)
+            out[rows] = self._decode(q[rows], kv_cache, tables, mask, scale, cap)
         for row in range(batch.num_decodes, len(batch.host_seq_lens)):
             begin, end = batch.host_query_start_loc[row], batch.host_query_start_loc[row + 1]
             out[begin:end] = self._prefill(
-                q[begin:end], kv_cache, batch.block_tables[row], batch.host_seq_lens[row], scale, window
+                q[begin:end], kv_cache, batch.block_tables[row], batch.host_seq_lens[row], scale, window, cap
             )
         return out
 
     def _decode(
-        self, q: torch.Tensor, kv_cache: KVCache, tables: torch.Tensor, mask: torch.Tensor, scale: float
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        tables: torch.Tensor,
+        mask: torch.Tensor,
+        scale: float,
+        cap: float | None,
     ) -> torch.Tensor:
         """Rows of similar length.  q: [R, H, D]; tables: [R, columns]; mask: [R, 1, 1, columns · block_size]."""
         rows, num_heads, head_dim = q.shape
@@ -112,7 +124,7 @@ class TorchBackend(Backend):
             _gather(c, tables.flatten(), q.dtype).view(rows, -1, kv_heads, head_dim).transpose(1, 2) for c in kv_cache
         )
         grouped = q.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)  # heads of one KV head as its queries
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+        out = _attend(grouped, k, v, mask, scale, cap)
         return out.reshape(rows, num_heads, head_dim)
 
     def _prefill(
@@ -123,6 +135,7 @@ class TorchBackend(Backend):
         seq_len: int,
         scale: float,
         window: int | None,
+        cap: float | None,
     ) -> torch.Tensor:
         """One row.  q: [queries, H, D], the last of seq_len tokens."""
         num_queries = q.shape[0]
@@ -136,10 +149,7 @@ class TorchBackend(Backend):
             mask = torch.ones(num_queries, seq_len, dtype=torch.bool, device=q.device).tril(seq_len - num_queries)
             if window is not None:
                 mask = mask.triu(seq_len - num_queries - window + 1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(0, 1).unsqueeze(0), k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
+        return _attend(q.transpose(0, 1).unsqueeze(0), k, v, mask, scale, cap)[0].transpose(0, 1)
 
     def _plan(self, batch: ForwardBatch) -> TorchPlan:
         if batch.plan is None:
@@ -244,6 +254,22 @@ def _draw(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) ->
     ids = split[:, None].int() * SPLIT_SIZE + torch.arange(size, dtype=torch.int32, device=logits.device)
     chosen = values[torch.arange(num_rows, device=logits.device), split].masked_fill(ids >= vocab_size, NEVER)
     return split * SPLIT_SIZE + (chosen + gumbel_noise(seeds, positions, ids)).argmax(-1)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, cap: float | None
+) -> torch.Tensor:
+    """Attention of q [R, H, queries, D] to k and v [R, K, keys, D], where `mask` is True; None: causal."""
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    group = q.shape[1] // k.shape[1]
+    scores = q.float() @ k.repeat_interleave(group, 1).float().transpose(2, 3) * scale
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    weights = (cap * (scores / cap).tanh()).masked_fill(~mask, NEVER).softmax(-1)
+    return (weights @ v.repeat_interleave(group, 1).float()).to(q.dtype)
 
 
 def _below_top(values: torch.Tensor) -> torch.Tensor:

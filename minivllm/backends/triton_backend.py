@@ -64,7 +64,13 @@ class TritonBackend(Backend):
         )
 
     def attention(
-        self, q: torch.Tensor, kv_cache: KVCache, batch: ForwardBatch, scale: float, window: int | None = None
+        self,
+        q: torch.Tensor,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+        scale: float,
+        window: int | None = None,
+        cap: float | None = None,
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         n = batch.num_decodes
@@ -75,12 +81,12 @@ class TritonBackend(Backend):
                 batch.plan = {}
             if window not in batch.plan:  # the first layer plans for all of its kind
                 batch.plan[window] = kernels.plan_paged_decode(q[:n], kv_cache[0], tables, seq_lens, window)
-            kernels.paged_attention_decode(q[:n], *kv_cache, tables, seq_lens, scale, batch.plan[window], out[:n])
+            kernels.paged_attention_decode(q[:n], *kv_cache, tables, seq_lens, scale, batch.plan[window], out[:n], cap)
         if batch.query_tiles is not None:
             assert batch.query_start_loc is not None
             kernels.paged_attention_prefill(
                 q, *kv_cache, batch.block_tables, batch.seq_lens, batch.query_start_loc, batch.query_tiles, scale, out,
-                window,
+                window, cap,
             )  # fmt: skip
         return out
 

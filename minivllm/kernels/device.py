@@ -20,6 +20,12 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def softcap(x, cap):
+    """cap · tanh(x / cap)."""
+    return cap - 2.0 * cap / (tl.exp2(x * (2.8853900817779268 / cap)) + 1.0)
+
+
 @functools.cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Arguments for every launch: PDL where the GPU has it (from Hopper on)."""

@@ -26,7 +26,14 @@ import torch
 import triton
 import triton.language as tl
 
-from minivllm.kernels.device import dot_type, launch_options, num_buffers, num_multiprocessors, wait_for_inputs
+from minivllm.kernels.device import (
+    dot_type,
+    launch_options,
+    num_buffers,
+    num_multiprocessors,
+    softcap,
+    wait_for_inputs,
+)
 
 TILE = 64  # tokens
 WORKERS_PER_MULTIPROCESSOR = 2
@@ -77,11 +84,12 @@ def _share(num_workers, num_tiles):
 
 @triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
-    q, k_cache, v_cache, out, block_tables, tiles, total, partial, partial_ml, scale_log2e, window,
+    q, k_cache, v_cache, out, block_tables, tiles, total, partial, partial_ml, scale_log2e, cap_log2e, window,
     stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bt,
     stride_ot, stride_oh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, DOT_TYPE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr, DOT_TYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     worker = tl.program_id(0)
@@ -128,6 +136,8 @@ def _decode_kernel(
             v_ptrs = v_cache + v_rows[:, None] + offs_d[None, :]
         k = tl.load(k_ptrs, mask, 0.0).to(DOT_TYPE)
         scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale_log2e
+        if SOFTCAP:
+            scores = softcap(scores, cap_log2e)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         m = tl.where(t == 0, float("-inf"), m)  # a new (row, head)
         m_new = tl.maximum(m, tl.max(scores, 1))
@@ -252,8 +262,9 @@ def paged_attention_decode(
     scale: float,
     plan: DecodePlan | None = None,
     out: torch.Tensor | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(scale · q Kᵀ) V for one query token a row.
+    """softmax(scale · q Kᵀ) V for one query token a row; with a `cap`, softmax(cap · tanh(scale · q Kᵀ / cap)) V.
 
     q: [rows, heads, head_dim]; k_cache, v_cache: [blocks, block_size, kv_heads, head_dim], any strides but the last
     dimension contiguous, block_size 16, 32 or a multiple of 64, in q's dtype or float8_e4m3fn; block_tables: [rows,
@@ -278,10 +289,11 @@ def paged_attention_decode(
     stages = 1 + (2 if block_size % TILE == 0 else 3) * buffers
     _decode_kernel[(num_workers,)](
         q, k_cache, v_cache, out, block_tables, plan.tiles, plan.total, plan.partial, plan.partial_ml, scale * LOG2E,
-        plan.window, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        (cap or 0.0) * LOG2E, plan.window, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
         block_tables.stride(0), out.stride(0), out.stride(1),
         HEADS=kv_heads, GROUP=group, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size,
-        TILE=TILE, STAGES=stages, DOT_TYPE=dot_type(q, k_cache), num_warps=NUM_WARPS, **options,
+        TILE=TILE, STAGES=stages, SOFTCAP=cap is not None, DOT_TYPE=dot_type(q, k_cache), num_warps=NUM_WARPS,
+        **options,
     )  # fmt: skip
     _reduce_kernel[(num_workers, group)](
         out, plan.tiles, plan.total, plan.partial, plan.partial_ml, out.stride(0), out.stride(1),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minivllm.kernels.device import dot_type, has_tensor_copies, launch_options, num_buffers, wait_for_inputs
+from minivllm.kernels.device import dot_type, has_tensor_copies, launch_options, num_buffers, softcap, wait_for_inputs
 from minivllm.kernels.paged_decode import LOG2E
 from minivllm.runner.forward_batch import QUERY_TILE
 
@@ -23,12 +23,12 @@ KEY_TILE = 64
 
 @triton.jit(do_not_specialize=["window"])
 def _prefill_kernel(
-    q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale_log2e, window,
+    q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, query_tiles, scale_log2e, cap_log2e, window,
     stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_bt,
     stride_ot, stride_oh,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, TENSOR_COPIES: tl.constexpr, WINDOW: tl.constexpr,
-    STAGES: tl.constexpr, DOT_TYPE: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, SOFTCAP: tl.constexpr, DOT_TYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     head = tl.program_id(0)
@@ -57,6 +57,9 @@ def _prefill_kernel(
     v_offs = offs_n[:, None] * stride_vt + offs_d[None, :]
     diagonal = (kv_len - q_len + first + 1) // TILE  # key tiles before it are seen by every query
     end = tl.cdiv(tl.minimum(kv_len - q_len + first + BLOCK_M, kv_len), TILE)
+    factor = scale_log2e
+    if SOFTCAP:
+        factor = 1.0  # scores are scaled before
     begin = 0
     if WINDOW:  # key tiles before `begin` are seen by no query, those before `edge` not by every one
         begin = tl.maximum(kv_len - q_len + first - window + 1, 0) // TILE
@@ -77,15 +80,17 @@ def _prefill_kernel(
             k_rows = blocks * stride_kb + tokens % BLOCK_SIZE * stride_kt + kv_head * stride_kh
             k = tl.load(k_cache + k_rows[:, None] + offs_d[None, :], in_length, 0.0)
         scores = tl.dot(q_tile, tl.trans(k.to(DOT_TYPE)), input_precision="ieee")
+        if SOFTCAP:
+            scores = softcap(scores * scale_log2e, cap_log2e)
         if t >= diagonal:
             scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
         if WINDOW:  # noqa: SIM102 (the compiler knows WINDOW, not t)
             if t < edge:
                 scores = tl.where(tokens[None, :] > positions[:, None] - window, scores, float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2e)
+        m_new = tl.maximum(m, tl.max(scores, 1) * factor)
         if WINDOW:  # a query may not see the first tiles; without a window, it always sees key 0
             m_new = tl.maximum(m_new, -1e30)
-        p = tl.exp2(scores * scale_log2e - m_new[:, None])
+        p = tl.exp2(scores * factor - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         l = l * alpha + tl.sum(p, 1)  # noqa: E741
         acc = acc * alpha[:, None]
@@ -116,8 +121,10 @@ def paged_attention_prefill(
     scale: float,
     out: torch.Tensor | None = None,
     window: int | None = None,
+    cap: float | None = None,
 ) -> torch.Tensor:
-    """Causal softmax(scale · q Kᵀ) V for the last queries of each row; K and V of them are in the cache already.
+    """Causal softmax(scale · q Kᵀ) V for the last queries of each row; K and V of them are in the cache already.  With
+    a `cap`, softmax(cap · tanh(scale · q Kᵀ / cap)) V.
 
     q: [tokens, heads, head_dim], row r's queries at query_start_loc[r] : query_start_loc[r + 1]; k_cache, v_cache:
     [blocks, block_size, kv_heads, head_dim], in q's dtype or float8_e4m3fn; block_tables: [rows, columns] int32;
@@ -145,11 +152,12 @@ def paged_attention_prefill(
         keys, values = (TensorDescriptor(c, list(c.shape), list(c.stride()), tile_shape) for c in (k_cache, v_cache))
     _prefill_kernel[(num_heads, query_tiles.shape[0] * (QUERY_TILE // block_m))](
         q, keys, values, out, block_tables, seq_lens, query_start_loc, query_tiles, scale * LOG2E,
-        window or 0,
+        (cap or 0.0) * LOG2E, window or 0,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         out.stride(0), out.stride(1),
         GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, BLOCK_M=block_m,
         SPLIT=QUERY_TILE // block_m, TILE=tile, TENSOR_COPIES=tensor_copies, WINDOW=window is not None,
-        STAGES=1 + buffers, DOT_TYPE=dot_type(q, k_cache), num_warps=4, **launch_options(q.device),
+        STAGES=1 + buffers, SOFTCAP=cap is not None, DOT_TYPE=dot_type(q, k_cache), num_warps=4,
+        **launch_options(q.device),
     )  # fmt: skip
     return out

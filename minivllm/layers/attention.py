@@ -41,6 +41,7 @@ class Attention(nn.Module):
         self.qkv_proj = MergedLinear(config.hidden_size, parts, config.qkv_bias, backend, dtype, device, shares)
         self.o_proj = Linear(q_size, config.hidden_size, config.o_bias, backend, dtype, device, tp.share)
         self.window = config.window(layer)
+        self.cap = config.attention_cap
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm, self.k_norm = (
@@ -62,5 +63,6 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
         q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch, norms)
-        out = self.backend.attention(q, kv_cache, batch, self.scale, self.window)  # [tokens, heads, head_dim]
+        # [tokens, heads, head_dim]
+        out = self.backend.attention(q, kv_cache, batch, self.scale, self.window, self.cap)
         return self.tp.sum(self.o_proj((out if wanted is None else out[wanted]).flatten(1)))

@@ -146,7 +146,8 @@ class LlamaForCausalLM(nn.Module):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """LM head: [rows, hidden] -> [rows, token ids of this worker]."""
-        return self.backend.linear(hidden, self.head, None)
+        logits, cap = self.backend.linear(hidden, self.head, None), self.config.logit_cap
+        return logits if cap is None else (logits / cap).tanh_().mul_(cap)
 
     def weight_targets(self) -> dict[str, Target]:
         """Every checkpoint tensor the model takes, by its name there, with the view of a parameter it goes to."""

@@ -47,7 +47,7 @@ def compile_kernels(
 
     def attend(batch: ForwardBatch, window: int | None) -> None:
         qkv = zeros(batch.token_ids.shape[0], num_heads + 2 * kv_heads, head_dim)
-        backend.attention(qkv[:, :num_heads], caches, replace(batch), 1.0, window)
+        backend.attention(qkv[:, :num_heads], caches, replace(batch), 1.0, window, config.attention_cap)
 
     def sample() -> None:
         logits, longs = zeros(2, config.vocab_size), zeros(2, dtype=torch.int64)
