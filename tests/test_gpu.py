@@ -26,7 +26,7 @@ def exact_float32():
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
-@pytest.mark.parametrize("name", ["mha", "gqa-tied", "bias", "odd-head-dim", "llama3-rope-sharded"])
+@pytest.mark.parametrize("name", ["mha", "gqa-tied", "bias", "odd-head-dim", "llama3-rope-sharded", "gemma2"])
 def test_parity(tiny, greedy, name, eager):
     batch = prompts(9)
     with LLM(
