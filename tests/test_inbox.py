@@ -47,7 +47,7 @@ def run_ranks(inboxes, call, messages, same_kernel=True):
             for peer in others:  # what this one has sent, as the others would find it
                 for row, turn in enumerate(turns):
                     sent = inboxes[peer].places[row, turn, sender(inbox, rank, peer), :width]
-                    assert not same_kernel or torch.equal(sent.view(messages.dtype), messages[rank, row])
+                    assert not same_kernel or torch.equal(sent, messages[rank, row].view(sent.dtype)), "to the bit"
                 inboxes[peer].places.copy_(before[peer])
         else:
             with torch.cuda.stream(torch.cuda.Stream()):

@@ -356,6 +356,15 @@ def test_repetition_detection(tiny, asynchronous):
     assert (whole.finish_reason, whole.stop_reason) == ("length", None)
 
 
+def test_the_text_of_an_output_that_goes_round_in_circles(embedded):
+    circles = RepetitionDetectionParams(max_pattern_size=2, min_count=3)
+    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 26) as llm:
+        words = [llm.get_tokenizer()(word).input_ids[0] for word in (" red", " blue")]
+        params = SamplingParams(temperature=0, max_tokens=40, allowed_token_ids=words, repetition_detection=circles)
+        ended = llm.generate("Colors:", params, use_tqdm=False)[0].outputs[0]
+        assert ended.finish_reason == "repetition" and ended.text == llm.get_tokenizer().decode(ended.token_ids)
+
+
 @pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
 def test_stream_interval(tiny, kind):
     params = SamplingParams(temperature=0, max_tokens=11, stream_interval=4, output_kind=kind, logprobs=0)

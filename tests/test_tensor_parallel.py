@@ -91,13 +91,14 @@ def test_same_tokens_with_everything_on(tiny):
 @pytest.mark.parametrize(("name", "size"), [("gqa-tied", 2), ("gemma3", 2)])
 def test_kernels_exchange_sums_and_tokens(tiny, name, size):
     """Through Triton's interpreter, where norms add up and sampling chooses among the workers: as one worker does."""
-    params = [SamplingParams(temperature=t, max_tokens=5, seed=i, ignore_eos=True) for i, t in enumerate([0, 1.0, 0])]
-    params[2].logprobs = 2  # needs all logits
+    params = [SamplingParams(temperature=t, max_tokens=5, seed=i, ignore_eos=True) for i, t in enumerate([0, 1, 0, 1])]
+    params[2].logprobs, params[3].top_k = 2, 5  # these need all logits, in steps beside those that do not
+    params[2].max_tokens, params[3].max_tokens = 3, 2
     found = []
     for workers in (1, size):
         options = dict(backend="triton", max_num_batched_tokens=40, tensor_parallel_size=workers)
         with LLM(tiny(name), kv_cache_memory_bytes=1 << 20, **options, **OPTIONS) as llm:
-            outputs = llm.generate(PROMPTS[1:4], params, use_tqdm=False)
+            outputs = llm.generate(PROMPTS[1:5], params, use_tqdm=False)
             found.append((tokens(outputs), [sorted(step) for step in outputs[2].outputs[0].logprobs]))
     assert found[0] == found[1]
 
