@@ -51,7 +51,7 @@ SETTINGS = {
 def test_the_output_is_that_without_speculation(make, name, options):
     if name == "triton" and options["temperature"] != 0:
         pytest.skip("the interpreter is slow, and the torch backend has drawn the same")
-    length = 16 if name == "triton" else 60
+    length = 10 if name == "triton" else 60
     params = SamplingParams(max_tokens=length, ignore_eos=True, **options, **FEW)
     with make(**SETTINGS[name]) as llm:
         expected = run(llm, params)
