@@ -185,6 +185,11 @@ def test_options_have_their_effect(server):
     five = complete(server, prompt="1, 2, 3,", max_tokens=5, ignore_eos=True, min_tokens=5, top_k=1, min_p=0.1)
     assert five["usage"]["completion_tokens"] == 5
     assert complete(server, prompt="a b c d e f g", truncate_prompt_tokens=3)["usage"]["prompt_tokens"] == 3
+    circles = dict(max_tokens=60, allowed_token_ids=[space], repetition_detection=dict(max_pattern_size=1, min_count=4))
+    ended = complete(server, prompt="1, 2, 3,", **circles)
+    assert ended["choices"][0]["finish_reason"] == "repetition" and ended["usage"]["completion_tokens"] == 4
+    body = dict(prompt="1, 2, 3,", temperature=0, max_tokens=21, ignore_eos=True, stream=True)
+    assert len(stream(server, "/v1/completions", body | {"stream_interval": 10})) <= 5
     # The same, but for the options that are off: null counts as left out.
     nulls = dict.fromkeys(["n", "seed", "stop", "logit_bias", "top_k", "user", "response_format", "suffix", "tools"])
     assert complete(server, prompt="1, 2, 3,", max_tokens=1, **nulls)["choices"][0]["text"] == plain
@@ -245,6 +250,9 @@ def test_response_format_and_forced_calls(server):
         ("completions", dict(prompt="x", max_tokens=0), 400, "max_tokens", "max_tokens must be at least 1"),
         ("completions", dict(prompt="x", max_tokens="many"), 400, "max_tokens", "max_tokens"),
         ("completions", dict(prompt="x", temperature=-1), 400, "temperature", "temperature must be"),
+        ("completions", dict(prompt="x", repetition_detection=dict(max_pattern_size=2)), 400, "repetition_detection",
+         "min_count must be at least 2"),
+        ("completions", dict(prompt="x", stream_interval=0), 400, "stream_interval", "stream_interval must be"),
         ("completions", dict(prompt="x", logprobs=99), 400, "prompt", "max_logprobs"),
         ("completions", dict(prompt="x", n=1000), 400, "n", "n"),
         ("completions", dict(prompt="x", logit_bias={"a": 1}), 400, "logit_bias", "logit_bias"),

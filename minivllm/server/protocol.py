@@ -10,7 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from minivllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from minivllm.sampling_params import (
+    RepetitionDetectionParams,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from minivllm.server.errors import ApiError
 
 # Fields that go to SamplingParams under their own names.
@@ -18,7 +23,7 @@ SAMPLING_FIELDS = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens",
     "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens", "allowed_token_ids",
-    "bad_words",
+    "bad_words", "stream_interval",
 )  # fmt: skip
 MAX_OUTPUTS = 128  # n, and prompts of one body
 # Checked up to the first wrong entry: a long list of wrong ones would take as many errors.
@@ -73,7 +78,18 @@ class StructuredOutputs(Body):
     choice: Texts | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | None = None
     disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+
+class RepetitionDetection(Body):
+    """vLLM's repetition_detection, the fields of RepetitionDetectionParams."""
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
 
 
 class SamplingBody(Body):
@@ -108,6 +124,8 @@ class SamplingBody(Body):
     bad_words: Texts | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
+    repetition_detection: RepetitionDetection | None = None
+    stream_interval: int | None = None
     request_id: str | None = Field(None, min_length=1, max_length=200)
 
     def sampling_params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
@@ -125,6 +143,8 @@ class SamplingBody(Body):
         options = defaults | given | {name: value for name, value in others.items() if value is not None}
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         try:
+            if self.repetition_detection is not None:
+                options["repetition_detection"] = RepetitionDetectionParams(**self.repetition_detection.model_dump())
             asked = [self._structured_outputs(), options.pop("structured_outputs", None)]
             asked = [one for one in asked if one is not None]
             if len(asked) > 1:
@@ -140,10 +160,7 @@ class SamplingBody(Body):
             return from_format
         if from_format is not None:
             raise ValueError("structured_outputs and response_format ask for different texts; give one")
-        return StructuredOutputsParams(
-            json=own.json_, regex=own.regex, choice=own.choice, grammar=own.grammar, json_object=own.json_object,
-            disable_any_whitespace=own.disable_any_whitespace,
-        )  # fmt: skip
+        return StructuredOutputsParams(json=own.json_, **own.model_dump(exclude={"json_"}))
 
 
 class CompletionBody(SamplingBody):
