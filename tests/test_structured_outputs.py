@@ -85,6 +85,7 @@ def test_outputs_follow_the_grammar(llm, name):
 
 
 OPEN = {"type": "object", "properties": {"a": {"type": "object", "properties": {"properties": {"enum": [1]}}}}}
+NAMES = {"type": "object", "properties": {"default": OPEN, "enum": {"enum": [OPEN]}}}
 TAGS = json.dumps(
     {"structures": [{"begin": "<call>", "schema": {"enum": [12]}, "end": "</call>"}], "triggers": ["<call"]}
 )
@@ -98,6 +99,7 @@ TAGS = json.dumps(
         (dict(json=OPEN, disable_additional_properties=True), "{}", '{"c'),
         (dict(json={"anyOf": [OPEN, {"const": {"properties": 1}}]}, disable_additional_properties=True),
          '{"properties": 1}', '{"c'),
+        (dict(json=NAMES, disable_additional_properties=True), '{"default": {"a": {}}}', '{"default": {"b'),
         (dict(json=SCHEMA, whitespace_pattern="[ ]{2}"), '{"name":  "A",  "age":  1,  "tags":  ["red",  "red"]}',
          '{"name": "A"'),
         (dict(structural_tag=TAGS), "Well: <call>12</call>, and <call>12</call>.", "Well: <call>13"),

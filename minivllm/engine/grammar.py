@@ -19,6 +19,10 @@ from minivllm.sampling_params import StructuredOutputsParams
 
 MAX_COMPILED = 64  # grammars kept for requests to come
 
+# Of JSON schemas: keywords that hold schemas by name, and those that hold values.
+MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+VALUES = ("enum", "const", "default", "examples")
+
 
 class Grammar:
     """How far one request's output has come in its grammar."""
@@ -139,7 +143,12 @@ def _closed(schema: Any) -> Any:
         return [_closed(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {key: value if key in ("enum", "const", "default") else _closed(value) for key, value in schema.items()}
+    closed: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in MAPS and isinstance(value, dict):  # names, not keywords, to schemas
+            closed[key] = {name: _closed(part) for name, part in value.items()}
+        else:
+            closed[key] = value if key in VALUES else _closed(value)
     if isinstance(schema.get("properties"), dict):
         closed.setdefault("additionalProperties", False)
     return closed
