@@ -157,13 +157,16 @@ def _closed(schema: Any) -> Any:
 def _tags(structure: Any, params: StructuredOutputsParams, special_tokens: Collection[str]) -> str:
     from llguidance import StructTag
 
+    try:
+        parts = [(part["begin"], part["schema"], part["end"]) for part in structure["structures"]]
+        triggers = list(structure["triggers"])
+    except (KeyError, TypeError):
+        raise ValueError("structural_tag must have triggers, and structures with begin, schema and end") from None
     tags = []
-    for part in structure["structures"]:
-        begin = part["begin"]
-        trigger = next((trigger for trigger in structure["triggers"] if begin.startswith(trigger)), None)
+    for begin, content, end in parts:
+        trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
         if not trigger:
             raise ValueError(f"structural_tag: no trigger is the beginning of {begin!r}")
-        schema, options = _schema(part["schema"], params)
-        grammar = {**schema, "x-guidance": options}
-        tags.append(StructTag(trigger=trigger, begin=begin, grammar=grammar, end=part["end"]))
+        schema, options = _schema(content, params)
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar={**schema, "x-guidance": options}, end=end))
     return StructTag.to_grammar(tags, assume_special=any(tag.trigger in special_tokens for tag in tags))
