@@ -7,7 +7,8 @@ Everything else (norms, the residual stream, sampling) every worker does for its
 
 Where GPUs see each other's memory, no library is called between kernels: the sums are left to the norm that comes
 next, whose kernel exchanges the summands (`kernels/inbox.py`), as that of sampling does the tokens that each worker
-has drawn from its logits.  Elsewhere, and for many rows among many GPUs, it is NCCL, or gloo on CPUs.
+has drawn from its logits.  Elsewhere, for more rows than SENT_ROWS, and to gather the logits of rows that ask for more
+than a draw, it is NCCL, or gloo on CPUs.
 """
 
 from __future__ import annotations

@@ -207,3 +207,21 @@ time.sleep(60)
             return  # ended; nobody has asked for its status
         time.sleep(0.05)
     raise AssertionError(f"the engine's process is still there ({state})")
+
+
+def test_its_process_takes_no_modules_from_the_folder_it_is_in(tmp_path):
+    for folder in ("here", "script"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "here" / "minivllm.py").write_text("raise SystemExit(7)")
+    (tmp_path / "script" / "run.py").write_text(
+        "from minivllm.child_process import start_process\n"
+        "process, connection = start_process('minivllm.engine_process')\n"
+        "connection.close()\n"
+        "print(process.wait(60))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script" / "run.py"],
+        cwd=tmp_path / "here", env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "0", done.stderr

@@ -6,6 +6,7 @@ import torch
 
 from minivllm import kernels
 from minivllm.kernels import Inbox, VocabShare
+from minivllm.parallel import Summand, TensorParallel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -90,6 +91,17 @@ def test_sum_rms_norm(rows, size, ranks, dtype):
                 assert torch.equal(normed, outs[0][0]), "the same on all ranks"
                 torch.testing.assert_close(normed.float(), expected, rtol=tolerance, atol=tolerance)
     assert all(inbox.turns[0] == 5 for inbox in inboxes)
+
+
+def test_sums_of_more_rows_than_an_inbox_has_are_added_up_at_once(monkeypatch):
+    added = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", added.append)
+    [inbox, _] = open_inboxes(4, 1, 64, torch.float32, 2)
+    tp = TensorParallel(0, 2, inbox, None)
+    few, many = torch.zeros(4, 64), torch.zeros(5, 64)
+    assert tp.sum(few) == Summand(few, inbox) and not added
+    assert tp.sum(many) is many and added[0] is many
+    assert TensorParallel().sum(many) is many and len(added) == 1
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")  # of the interpreter

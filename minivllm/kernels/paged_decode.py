@@ -26,14 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minivllm.kernels.device import (
-    dot_type,
-    launch_options,
-    num_buffers,
-    num_multiprocessors,
-    softcap,
-    wait_for_inputs,
-)
+from minivllm.kernels.device import dot_type, launch_options, num_buffers, num_multiprocessors, softcap, wait_for_inputs
 
 TILE = 64  # tokens
 WORKERS_PER_MULTIPROCESSOR = 2
