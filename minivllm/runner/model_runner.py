@@ -159,10 +159,9 @@ class ModelRunner:
         """Draw a token a row.  `tokens`: those that the backend drew by itself already, which hold if no row asks for
         more."""
         num_logprobs = self.slots.num_logprobs[rows]
+        wants_logprobs = (num_logprobs >= 0).any()
         processes = batch.token_masks or batch.processors or needs_processing(self.slots, rows, seq_lens)
-        whole = logits
-        if self.vocab_share is not None and (processes or (num_logprobs >= 0).any()):
-            whole = self._gather(logits)
+        whole = self._whole(logits) if processes or wants_logprobs else logits
         if processes:
             processed = process_logits(
                 self.backend, whole, self.slots, rows, seq_lens, inputs.temperature, self.history, batch
@@ -174,7 +173,7 @@ class ModelRunner:
             assert self.history is not None
             self.history[to_device(rows, self.device), to_device(seq_lens, self.device)] = tokens
         sampled = Sampled(tokens)
-        if (num_logprobs >= 0).any():
+        if wants_logprobs:
             own = np.flatnonzero(num_logprobs >= 0)
             asking = to_device(own, self.device)
             named = [self.slots.logprob_token_ids[slot] for slot in rows[own]]
@@ -186,6 +185,10 @@ class ModelRunner:
         """[rows, vocab], or of this worker's token ids where `_draw` can do with them."""
         logits = self.model.compute_logits(hidden)
         return self._gather(logits) if self.vocab_share is None else logits
+
+    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """All of `_logits`: [rows, vocab]."""
+        return logits if self.vocab_share is None else self._gather(logits)
 
     def _gather(self, logits: torch.Tensor) -> torch.Tensor:
         return self.tp.gather_logits(logits, self.model_config.vocab_size)
@@ -333,7 +336,7 @@ class ModelRunner:
             left -= num_tokens
         self.execute(batch).wait()
         size = self.sizes[-1] if self.sizes else self.slots.padding
-        logits = self._gather(self._decode(self._decode_padding(size))[1])
+        logits = self._whole(self._decode(self._decode_padding(size))[1])
         ones = torch.ones(size, device=self.device)
         self.backend.truncate(logits.float(), ones, ones.int(), ones, ones)
         if use_graphs:
