@@ -7,29 +7,30 @@ Everything else (norms, the residual stream, sampling) every worker does for its
 
 Where GPUs see each other's memory, no library is called between kernels: the sums are left to the norm that comes
 next, whose kernel exchanges the summands (`kernels/inbox.py`), as that of sampling does the tokens that each worker
-has drawn from its logits.  Elsewhere, for more rows than SENT_ROWS, and to gather the logits of rows that ask for more
-than a draw, it is NCCL, or gloo on CPUs.
+has drawn from its logits.  In steps of more tokens than graphs have, workers share the norms' rows out
+(`row_shares.py`).  Elsewhere, for more rows than SENT_ROWS in a graph, and to gather the logits of rows that ask for
+more than a draw, it is NCCL, or gloo on CPUs.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from minivllm.backends.base import SPLIT_SIZE
+from minivllm.row_shares import RowExchange, RowShare
+from minivllm.shared_tensors import SharedTensors, all_ready
 
 if TYPE_CHECKING:
     from minivllm.kernels import Inbox, VocabShare
 
 Index = tuple[slice, ...]
-SENT_ROWS = 8192  # of a sum, to all others together, that norms exchange; NCCL moves fewer bytes for more of them
+SENT_ROWS = 4096  # of a sum, to all others together, that norms exchange; NCCL moves fewer bytes for more of them
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Summand:
     """What one worker adds to a sum [rows, size] that the norm which takes it works out."""
 
     value: torch.Tensor
-    inbox: Inbox
+    addends: torch.Tensor | Inbox  # of the other workers: [workers − 1, rows, size], or where they come
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,22 @@ class TensorParallel:
     """A worker's place among `size`, and what it does together with the others.  Alone, nothing.
 
     The default process group of torch.distributed must have been made.  `sums`, `draws`: inboxes for sums and for
-    sampled tokens; both, where the workers' kernels see each other's memory, or none.
+    sampled tokens; both, where the workers' kernels see each other's memory, or none.  `rows`: what larger sums take.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, sums: Inbox | None = None, draws: Inbox | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        sums: Inbox | None = None,
+        draws: Inbox | None = None,
+        rows: RowExchange | None = None,
+    ) -> None:
         self.rank = rank
         self.size = size
         self.sums = sums
         self.draws = draws
+        self.rows = rows
 
     @property
     def share(self) -> Share:
@@ -104,14 +113,18 @@ class TensorParallel:
         unit = 1 if self.draws is None else SPLIT_SIZE  # of which sampling takes whole ones
         return -(-vocab_size // (unit * self.size)) * unit
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor | Summand:
-        """The workers' x added up, in place, or left to the norm that comes next."""
+    def sum(self, linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor | Summand | RowShare:
+        """The workers' linear(x), rows of which do not depend on others, added up, or left to the norm that comes
+        next."""
         if self.size == 1:
-            return x
+            return linear(x)
+        if self.rows is not None and x.shape[0] > self.rows.more_than:
+            return self.rows.sum(linear, x)
+        summand = linear(x)
         if self.sums is not None and x.shape[0] <= self.sums.num_rows:
-            return Summand(x, self.sums)
-        dist.all_reduce(x)
-        return x
+            return Summand(summand, self.sums)
+        dist.all_reduce(summand)
+        return summand
 
     def gather_logits(self, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
         """The workers' logits [rows, own ids] side by side: [rows, vocab_size], the same for all."""
@@ -138,62 +151,18 @@ class TensorParallel:
 ALONE = TensorParallel()
 
 
-def see_each_other(device: torch.device, rank: int, size: int) -> bool:
-    """Whether the workers' kernels can reach each other's memory: on a CPU, and where all GPUs have a way to all."""
-    if device.type == "cpu":
-        return True
-    gpus = range(device.index - rank, device.index - rank + size)
-    return all(a == b or torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus)
-
-
 def open_inbox(rows: int, senders: int, width: int, bits: int, rank: int, size: int, device: torch.device) -> Inbox:
     """This worker's inbox for values of so many bits, in memory that all `size` workers reach.  All must call it."""
     from minivllm.kernels import Inbox
 
-    shape, dtype = (rows, 2, senders, width), torch.int16 if bits == 16 else torch.int32
-    places, addresses, shared = (_shared_on_cpu if device.type == "cpu" else _shared_by_gpus)(
-        shape, dtype, rank, size, device
-    )
-    places.fill_(Inbox.empty(bits))
+    dtype = torch.int16 if bits == 16 else torch.int32
+    shared = SharedTensors((rows, 2, senders, width), dtype, rank, size, device, fill=Inbox.empty(bits))
     inbox = Inbox(
-        places=places,
-        addresses=torch.tensor(addresses, dtype=torch.int64, device=device),
+        places=shared[rank],
+        addresses=torch.tensor([one.data_ptr() for one in shared], dtype=torch.int64, device=device),
         turns=torch.zeros(rows, dtype=torch.int32, device=device),
         rank=rank,
         shared=shared,
     )
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    dist.barrier()  # empty everywhere before anything is sent
+    all_ready(device)  # empty everywhere before anything is sent
     return inbox
-
-
-def _shared_by_gpus(
-    shape: tuple[int, ...], dtype: torch.dtype, rank: int, size: int, device: torch.device
-) -> tuple[torch.Tensor, list[int], object]:
-    """A tensor of this worker, the addresses of all workers' ones, and what keeps these in reach."""
-    from torch.distributed import _symmetric_memory as symmetric_memory
-
-    tensor = symmetric_memory.empty(shape, dtype=dtype, device=device)
-    assert dist.group.WORLD is not None
-    handle = symmetric_memory.rendezvous(tensor, dist.group.WORLD)
-    assert handle.buffer_ptrs[rank] == tensor.data_ptr()
-    return tensor, handle.buffer_ptrs, handle
-
-
-def _shared_on_cpu(
-    shape: tuple[int, ...], dtype: torch.dtype, rank: int, size: int, device: torch.device
-) -> tuple[torch.Tensor, list[int], object]:
-    """The same for kernels in Triton's interpreter: mapped files."""
-    with tempfile.TemporaryDirectory() as folder:
-        folders: list[Any] = [None] * size
-        dist.all_gather_object(folders, folder)
-        files = [os.path.join(one, "inbox") for one in folders]
-        own = torch.from_file(files[rank], shared=True, size=math.prod(shape), dtype=dtype)
-        dist.barrier()  # all files are there
-        tensors = [
-            own if peer == rank else torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype)
-            for peer, file in enumerate(files)
-        ]
-        dist.barrier()
-    return own.view(shape), [tensor.data_ptr() for tensor in tensors], tensors

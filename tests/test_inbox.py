@@ -1,12 +1,15 @@
 """Kernels that exchange values between ranks, here of one process: one after the other, where what the others send lies
 there before, or side by side on a GPU, if they are the same kernel (or one would be loaded while the other waits)."""
 
+import threading
+import time
+
 import pytest
 import torch
 
 from minivllm import kernels
 from minivllm.kernels import Inbox, VocabShare
-from minivllm.parallel import Summand, TensorParallel
+from minivllm.parallel import TensorParallel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -93,15 +96,67 @@ def test_sum_rms_norm(rows, size, ranks, dtype):
     assert all(inbox.turns[0] == 5 for inbox in inboxes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("num_others", [1, 3])
+def test_sum_rms_norm_of_what_is_there(num_others, with_residual, dtype):
+    """Addends are rows of a longer buffer."""
+    generator = torch.Generator().manual_seed(num_others)
+    x, residual, weight, rest = (
+        torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+        for shape in ((3, 160), (3, 160), (160,), (num_others, 5, 160))
+    )
+    addends = rest[:, :3]
+    total = x.float() + addends.float().sum(0) + (residual.float() if with_residual else 0)
+    rounded = total.to(dtype).float()
+    expected = rounded * torch.rsqrt(rounded.square().mean(-1, keepdim=True) + 1e-5) * weight.float()
+    normed, summed = kernels.sum_rms_norm(x, residual if with_residual else None, weight, 1e-5, addends)
+    assert summed is (residual if with_residual else x)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(summed.float(), total, rtol=tolerance, atol=tolerance)
+    if DEVICE == "cuda" or dtype != torch.bfloat16:
+        torch.testing.assert_close(normed.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_flags_are_waited_for():
+    """All of them."""
+    flags = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    kernels.await_flags(flags, 0)
+    if DEVICE == "cuda":  # set from another stream, once the kernel is loaded
+        torch.cuda.synchronize()
+        side, done = torch.cuda.Stream(), torch.cuda.Event()
+        one = torch.ones(1, dtype=torch.int32, device=DEVICE)
+        kernels.await_flags(flags, 1)
+        done.record()
+        for i in range(3):
+            time.sleep(0.02)
+            assert not done.query()
+            with torch.cuda.stream(side):
+                flags[i : i + 1].copy_(one)
+        done.synchronize()
+        return
+    waiting = threading.Thread(target=kernels.await_flags, args=(flags, 1))
+    waiting.start()
+    for i in range(3):
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        flags[i] = 1
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
 def test_sums_of_more_rows_than_an_inbox_has_are_added_up_at_once(monkeypatch):
     added = []
     monkeypatch.setattr(torch.distributed, "all_reduce", added.append)
     [inbox, _] = open_inboxes(4, 1, 64, torch.float32, 2)
     tp = TensorParallel(0, 2, inbox, None)
-    few, many = torch.zeros(4, 64), torch.zeros(5, 64)
-    assert tp.sum(few) == Summand(few, inbox) and not added
-    assert tp.sum(many) is many and added[0] is many
-    assert TensorParallel().sum(many) is many and len(added) == 1
+    few, many = torch.ones(4, 64), torch.ones(5, 64)
+    double = torch.nn.Linear(64, 64, bias=False)
+    double.weight = torch.nn.Parameter(2 * torch.eye(64), requires_grad=False)
+    summand = tp.sum(double, few)
+    assert torch.equal(summand.value, 2 * few) and summand.addends is inbox and not added
+    assert tp.sum(double, many) is added[0] and torch.equal(added[0], 2 * many)
+    assert torch.equal(TensorParallel().sum(double, many), 2 * many) and len(added) == 1
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")  # of the interpreter

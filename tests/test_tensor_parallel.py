@@ -95,12 +95,28 @@ def test_kernels_exchange_sums_and_tokens(tiny, name, size):
     params[2].logprobs, params[3].top_k = 2, 5  # these need all logits, in steps beside those that do not
     params[2].max_tokens, params[3].max_tokens = 3, 2
     found = []
-    for workers in (1, size):
-        options = dict(backend="triton", max_num_batched_tokens=40, tensor_parallel_size=workers)
+    for backend, workers in (("torch", 1), ("triton", size)):  # the second in steps of rows shared out, or not
+        options = dict(backend=backend, max_num_batched_tokens=40, max_num_seqs=4, tensor_parallel_size=workers)
         with LLM(tiny(name), kv_cache_memory_bytes=1 << 20, **options, **OPTIONS) as llm:
             outputs = llm.generate(PROMPTS[1:5], params, use_tqdm=False)
             found.append((tokens(outputs), [sorted(step) for step in outputs[2].outputs[0].logprobs]))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("name", "size"), [("bias", 4), ("gemma2", 2)])
+def test_workers_share_out_the_rows_of_large_steps(tiny, name, size):
+    """Steps of more tokens than CUDA graphs have; with all of a prompt's outputs wanted, or the last one's."""
+    batch = [[(7 * i + 3 * j) % 150 for j in range(length)] for i, length in enumerate((37, 35))]
+    params = [SamplingParams(temperature=0, max_tokens=2, ignore_eos=True) for _ in batch]
+    params[0].prompt_logprobs = 1  # of 36 tokens in one step
+    found = []
+    for backend, workers in (("torch", 1), ("triton", size)):
+        options = dict(backend=backend, max_num_batched_tokens=38, max_num_seqs=4, tensor_parallel_size=workers)
+        with LLM(tiny(name), kv_cache_memory_bytes=1 << 20, **options, **OPTIONS) as llm:
+            found.append(llm.generate(batch, params, use_tqdm=False))
+    assert tokens(found[0]) == tokens(found[1])
+    for one, two in zip(*(outputs[0].prompt_logprobs[1:] for outputs in found), strict=True):
+        assert {i: one[i].logprob for i in one} == pytest.approx({i: two[i].logprob for i in two}, abs=1e-4)
 
 
 def test_gguf_and_dummy_weights(embedded, tmp_path):

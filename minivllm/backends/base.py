@@ -42,6 +42,13 @@ class Backend(ABC):
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x Wᵀ + b.  x: [T, in]; weight: [out, in], of `pack`; bias: [out].  Returns [T, out]."""
 
+    def linear_into(self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """The same of many rows, written to `out` [T, out]; weight: not packed."""
+        if bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
+
     def fp8_linear(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -45,7 +45,7 @@ class TritonBackend(Backend):
     def sum_rms_norm(
         self, x: Summand, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.sum_rms_norm(x.value, residual, weight, eps, x.inbox)
+        return kernels.sum_rms_norm(x.value, residual, weight, eps, x.addends)
 
     def activate_and_mul(self, gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
         return kernels.activate_and_mul(gate_up, activation)

@@ -4,7 +4,7 @@ They run on a GPU, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1
 """
 
 from minivllm.kernels.activation import activate_and_mul
-from minivllm.kernels.inbox import Inbox
+from minivllm.kernels.inbox import Inbox, await_flags
 from minivllm.kernels.linear import has_kernel, small_linear
 from minivllm.kernels.norm import add_rms_norm, rms_norm, sum_rms_norm
 from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, plan_paged_decode
@@ -20,6 +20,7 @@ __all__ = [
     "Inbox",
     "VocabShare",
     "activate_and_mul",
+    "await_flags",
     "add_rms_norm",
     "has_kernel",
     "paged_attention_decode",

@@ -50,6 +50,20 @@ class Inbox:
         return self.places, self.addresses, self.turns, self.rank
 
 
+def await_flags(flags: torch.Tensor, value: int) -> None:
+    """Wait on the device until all `flags` [count] int32, which others write to, are `value`."""
+    count = flags.shape[0]
+    _await_kernel[(1,)](flags, value, COUNT=count, BLOCK=triton.next_power_of_2(count), num_warps=1)
+
+
+@triton.jit(do_not_specialize=["value"])
+def _await_kernel(flags, value, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    found = tl.load(flags + offs, offs < COUNT, value, volatile=True)
+    while tl.max((found != value).to(tl.int32), 0) > 0:
+        found = tl.load(flags + offs, offs < COUNT, value, volatile=True)
+
+
 @triton.jit
 def places_of_turn(row, turn, WIDTH: tl.constexpr, SENDERS: tl.constexpr):
     """Where in an inbox the places of a row's exchange number `turn` begin."""

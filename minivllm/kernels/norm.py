@@ -13,8 +13,9 @@ from minivllm.kernels.inbox import Inbox, exchange_sum
 
 @triton.jit(do_not_specialize=["rank"])
 def _rms_norm_kernel(
-    x, residual, weight, out, residual_out, places, addresses, turns, rank, stride_x, eps,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+    x, residual, weight, out, residual_out, addends, places, addresses, turns, rank, stride_x, stride_addends, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, ADDENDS: tl.constexpr, RANKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
@@ -27,10 +28,14 @@ def _rms_norm_kernel(
         before = tl.load(residual + row * SIZE + offs, mask, 0.0)
     if RANKS > 1:
         value = exchange_sum(value, places, addresses, turns, row, rank, offs, mask, SIZE, RANKS)
+    if ADDENDS > 0:
+        value = value.to(tl.float32)
+    for i in tl.static_range(ADDENDS):
+        value += tl.load(addends + i * stride_addends + row * SIZE + offs, mask, 0.0)
     if ADD:
         value = value.to(tl.float32) + before
     value = value.to(dtype)
-    if ADD or RANKS > 1:
+    if ADD or ADDENDS > 0 or RANKS > 1:
         tl.store(residual_out + row * SIZE + offs, value, mask)
     value32 = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value32 * value32, 0) / SIZE + eps)
@@ -50,13 +55,13 @@ def add_rms_norm(
 
 
 def sum_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, inbox: Inbox
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, addends: torch.Tensor | Inbox
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the sum of all ranks' x, without a residual or with one: (normed, what was normed).  x: [rows, size],
-    contiguous, at most `inbox.num_rows` rows; `residual`, or x without one, is overwritten.  Every rank must call it.
-    """
+    contiguous; `residual`, or x without one, is overwritten.  `addends`: the others' x [ranks − 1, rows, size], or
+    the inbox where they come, of at least as many rows; then every rank must call it."""
     total = x if residual is None else residual
-    return _launch(x, residual, total, weight, eps, inbox), total
+    return _launch(x, residual, total, weight, eps, addends), total
 
 
 def _launch(
@@ -65,14 +70,19 @@ def _launch(
     residual_out: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-    inbox: Inbox | None = None,
+    addends: torch.Tensor | Inbox | None = None,
 ) -> torch.Tensor:
     rows, size = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    ranks, exchange = (1, (weight, weight, weight, 0)) if inbox is None else (inbox.size, inbox.arguments)
+    ranks, exchange = (1, (weight, weight, weight, 0))
+    if isinstance(addends, Inbox):
+        ranks, exchange, addends = addends.size, addends.arguments, None
+    given = x[None] if addends is None else addends
     _rms_norm_kernel[(rows,)](
-        x, x if residual is None else residual, weight, out, residual_out, *exchange, x.stride(0), eps,
-        SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None, RANKS=ranks,
+        x, x if residual is None else residual, weight, out, residual_out, given, *exchange,
+        x.stride(0), given.stride(0), eps,
+        SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None,
+        ADDENDS=0 if addends is None else len(addends), RANKS=ranks,
         num_warps=8 if size > 2048 else 4, **launch_options(x.device),
     )  # fmt: skip
     return out

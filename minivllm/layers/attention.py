@@ -13,6 +13,7 @@ from minivllm.layers.linear import Linear, MergedLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.model_config import ModelConfig
 from minivllm.parallel import ALONE, Summand, TensorParallel
+from minivllm.row_shares import RowShare
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
@@ -51,12 +52,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | RowShare,
         cos_sin: torch.Tensor,
         kv_cache: KVCache,
         batch: ForwardBatch,
         wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor | Summand:
+    ) -> torch.Tensor | RowShare | Summand:
         """x: [tokens, hidden] -> [tokens, hidden], or [S, hidden] for the tokens `wanted` [S] alone."""
         qkv = self.qkv_proj(x)
         norms = None
@@ -65,4 +66,4 @@ class Attention(nn.Module):
         q = self.backend.rotate_and_store(qkv, cos_sin, self.num_heads, kv_cache, batch, norms)
         # [tokens, heads, head_dim]
         out = self.backend.attention(q, kv_cache, batch, self.scale, self.window, self.cap)
-        return self.tp.sum(self.o_proj((out if wanted is None else out[wanted]).flatten(1)))
+        return self.tp.sum(self.o_proj, (out if wanted is None else out[wanted]).flatten(1))

@@ -13,6 +13,7 @@ from torch import nn
 from minivllm.backends import Backend
 from minivllm.backends.base import quantize_rows
 from minivllm.layers.linear import Linear
+from minivllm.row_shares import RowShare
 
 MAX_ROWS = 4096  # of a weight that are quantized at once: what that takes beside the weight stays small
 
@@ -31,8 +32,10 @@ class Fp8Linear(nn.Module):
             rows = slice(start, start + MAX_ROWS)
             self.weight[rows], self.scale[rows] = quantize_rows(original[rows])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | RowShare) -> torch.Tensor:
         """x: [tokens, in] -> [tokens, out]."""
+        if isinstance(x, RowShare):
+            return x.product(lambda part, out: out.copy_(self.forward(part)), self.weight.shape[0])
         return self.backend.fp8_linear(x, self.weight, self.scale, self.bias)
 
 

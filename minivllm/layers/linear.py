@@ -7,6 +7,7 @@ from torch import nn
 
 from minivllm.backends import Backend
 from minivllm.parallel import WHOLE, Index, Parts, Share
+from minivllm.row_shares import RowShare
 
 Target = torch.Tensor | Parts
 ALL = slice(None)
@@ -41,8 +42,12 @@ class Linear(nn.Module):
         if bias and in_share.index == 0:
             self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype, device=device), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | RowShare) -> torch.Tensor:
         """x: [tokens, in] -> [tokens, out]."""
+        if isinstance(x, RowShare):
+            return x.product(
+                lambda part, out: self.backend.linear_into(out, part, self.weight, self.bias), self.weight.shape[0]
+            )
         return self.backend.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:

@@ -7,6 +7,9 @@ from torch import nn
 
 from minivllm.backends import Backend
 from minivllm.parallel import Summand
+from minivllm.row_shares import RowShare
+
+Rows = torch.Tensor | RowShare
 
 
 class RMSNorm(nn.Module):
@@ -28,8 +31,16 @@ class RMSNorm(nn.Module):
         dtype = torch.float32 if zero_centered else dtype
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
-    def forward(self, x: torch.Tensor | Summand, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Rows | Summand, residual: Rows | None) -> tuple[Rows, Rows]:
         """(norm of x + residual, x + residual), both [tokens, size]; without a residual, x is the first one."""
+        if isinstance(x, RowShare):
+            own = residual.value if isinstance(residual, RowShare) else None if residual is None else residual[x.rows]
+            normed, total = self._norm(x.value if x.addends is None else Summand(x.value, x.addends), own)
+            return x.with_value(normed), x.with_value(total)
+        assert not isinstance(residual, RowShare)
+        return self._norm(x, residual)
+
+    def _norm(self, x: torch.Tensor | Summand, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(x, Summand):
             return self.backend.sum_rms_norm(x, residual, self.weight, self.eps)
         if residual is None:

@@ -14,9 +14,13 @@ from minivllm.backends.base import KVCache
 from minivllm.layers import Attention, Embedding, Linear, LMHead, MergedLinear, RMSNorm, Target, rope_table
 from minivllm.model_config import ModelConfig
 from minivllm.parallel import ALONE, Summand, TensorParallel
+from minivllm.row_shares import RowShare
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
+
+
+Rows = torch.Tensor | RowShare
 
 
 class LlamaMLP(nn.Module):
@@ -33,9 +37,9 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = MergedLinear(config.hidden_size, parts, bias, backend, dtype, device, shares)
         self.down_proj = Linear(size, config.hidden_size, bias, backend, dtype, device, tp.share)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | Summand:
+    def forward(self, x: Rows) -> Rows | Summand:
         """x: [tokens, hidden] -> [tokens, hidden]."""
-        return self.tp.sum(self.down_proj(self.backend.activate_and_mul(self.gate_up_proj(x), self.activation)))
+        return self.tp.sum(self.down_proj, self.backend.activate_and_mul(self.gate_up_proj(x), self.activation))
 
 
 class LlamaLayer(nn.Module):
@@ -64,13 +68,13 @@ class LlamaLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor | Summand,
-        residual: torch.Tensor | None,
+        x: Rows | Summand,
+        residual: Rows | None,
         cos_sin: torch.Tensor,
         kv_cache: KVCache,
         batch: ForwardBatch,
         wanted: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | Summand, torch.Tensor]:
+    ) -> tuple[Rows | Summand, Rows]:
         """x: the output of the layer before, to be added to `residual`, the stream so far; both [tokens, hidden].  The
         output is for the tokens `wanted` [S] alone, if given."""
         normed, residual = self.input_layernorm(x, residual)
@@ -134,7 +138,7 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, batch: ForwardBatch, kv_caches: Sequence[KVCache]) -> torch.Tensor:
         """One pass over the step's tokens, writing their K and V.  Returns what `compute_logits` takes, [tokens,
         hidden], or of `batch.output_tokens` alone: for the others the last layer only writes K and V."""
-        x: torch.Tensor | Summand = self.model.embed_tokens(batch.token_ids)
+        x: Rows | Summand = self.model.embed_tokens(batch.token_ids)
         residual = None
         last = len(kv_caches) - 1
         for i, (layer, kv_cache) in enumerate(zip(self.model.layers, kv_caches, strict=True)):
@@ -142,7 +146,7 @@ class LlamaForCausalLM(nn.Module):
             cos_sin = self.cos_sin if self.config.window(i) is None else self.local_cos_sin
             x, residual = layer(x, residual, cos_sin, kv_cache, batch, wanted)
         hidden, _ = self.model.norm(x, residual)
-        return hidden
+        return hidden if isinstance(hidden, torch.Tensor) else hidden.whole()
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """LM head: [rows, hidden] -> [rows, token ids of this worker]."""

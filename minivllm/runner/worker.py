@@ -23,9 +23,12 @@ from minivllm.child_process import connect
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import MAX_DRAFT_ROWS
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import SENT_ROWS, TensorParallel, open_inbox, see_each_other
+from minivllm.parallel import SENT_ROWS, TensorParallel, open_inbox
+from minivllm.row_shares import RowExchange
+from minivllm.runner.cuda_graph import mixed_graph_sizes
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.runner.pending_step import PendingStep
+from minivllm.shared_tensors import see_each_other
 
 START_SECONDS = 600  # a worker may load its share of the weights later than another
 
@@ -116,9 +119,14 @@ def _join(config: EngineConfig, model_config: ModelConfig, rank: int, port: int)
     device = torch.device(config.device)
     if config.backend != "triton" or not see_each_other(device, rank, size):
         return TensorParallel(rank, size)
-    bits = getattr(torch, config.dtype).itemsize * 8
-    assert config.max_num_seqs is not None and config.max_num_batched_tokens is not None
-    sum_rows = min(SENT_ROWS // (size - 1), config.max_num_batched_tokens)
-    sums = open_inbox(sum_rows, size - 1, model_config.hidden_size, bits, rank, size, device)
-    draws = open_inbox(max(config.max_num_seqs, MAX_DRAFT_ROWS), size, 4, 32, rank, size, device)
-    return TensorParallel(rank, size, sums, draws)
+    dtype, width = getattr(torch, config.dtype), model_config.hidden_size
+    max_num_tokens = config.max_num_batched_tokens
+    assert config.max_num_seqs is not None and max_num_tokens is not None
+    decode_rows = max(config.max_num_seqs, 0 if config.speculative_config is None else MAX_DRAFT_ROWS)
+    graph_rows = max([decode_rows, *mixed_graph_sizes(max_num_tokens)])
+    sums = open_inbox(min(SENT_ROWS // (size - 1), graph_rows), size - 1, width, dtype.itemsize * 8, rank, size, device)
+    draws = open_inbox(decode_rows, size, 4, 32, rank, size, device)
+    rows = None
+    if max_num_tokens > graph_rows:
+        rows = RowExchange(rank, size, graph_rows, max_num_tokens, width, dtype, device)
+    return TensorParallel(rank, size, sums, draws, rows)
