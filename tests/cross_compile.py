@@ -95,8 +95,9 @@ for dtype in (torch.bfloat16, torch.float32):
     kernels.activate_and_mul(x, "gelu_pytorch_tanh")
     if dtype == torch.bfloat16 and capability == 90:  # elsewhere cuBLAS does it
         for rows in (1, 16, 64):
-            weight = torch.zeros(64, 4096, dtype=dtype)
-            kernels.small_linear(torch.zeros(rows, 4096, dtype=dtype), weight, None)
+            for out_size in (64, 192):  # tiles of 32 rows for few rows of x, and of 64
+                weight = torch.zeros(out_size, 4096, dtype=dtype)
+                kernels.small_linear(torch.zeros(rows, 4096, dtype=dtype), weight, None)
             kernels.small_linear(
                 torch.zeros(rows, 4096, dtype=dtype), weight.to(torch.float8_e4m3fn), None, lens[0].float()
             )
@@ -107,6 +108,8 @@ for dtype in (torch.bfloat16, torch.float32):
         inbox = kernels.Inbox(places, addresses, lens[0], 0)
         kernels.sum_rms_norm(x, None, x[0], 1e-5, inbox)
         kernels.sum_rms_norm(x, x.clone(), x[0], 1e-5, inbox)
+        kernels.sum_rms_norm(x, x.clone(), x[0], 1e-5, torch.zeros(ranks - 1, 2, 4096, dtype=dtype))
+        kernels.await_flags(torch.zeros(ranks - 1, dtype=torch.int32), 0)
         inbox = kernels.Inbox(torch.zeros(2, 2, ranks, 4, dtype=torch.int32), addresses, lens[0], 0)
         kernels.sample(
             x,

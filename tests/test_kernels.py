@@ -277,7 +277,7 @@ def test_activate_and_mul(size, dtype, activation):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)  # float32 is left to cuBLAS
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    "rows, in_size, out_size", [(1, 256, 8), (1, 3000, 12), (2, 128, 64), (17, 384, 128), (64, 256, 64)]
+    "rows, in_size, out_size", [(1, 256, 8), (1, 3000, 12), (2, 128, 64), (16, 512, 64), (17, 384, 128), (64, 256, 64)]
 )
 def test_small_linear(rows, in_size, out_size, bias, dtype):
     x, weight = torch.randn(rows, in_size, device=DEVICE), torch.randn(out_size, in_size, device=DEVICE)

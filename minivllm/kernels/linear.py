@@ -2,7 +2,8 @@
 
 One row: a program takes VECTOR_ROWS rows of W, VECTOR_COLUMNS columns at a time, multiplies and adds elementwise, and
 sums at the end: no tensor cores, many small programs, all loads in flight at once.  Up to 64 rows: a program takes 64
-rows of W as the left operand of `tl.dot`, so that the few rows of x are the narrow side of the tensor cores' tile.
+or 32 rows of W as the left operand of `tl.dot`, so that the few rows of x are the narrow side of the tensor cores'
+tile.
 
 Weights in 8-bit floats: one row is multiplied as it is; more are rounded to 8 bits first, since what the tensor cores
 take costs no conversion of the weights, which would take longer than to read them.
@@ -20,13 +21,16 @@ import torch
 import triton
 import triton.language as tl
 
-from minivllm.kernels.device import launch_options, wait_for_inputs
+from minivllm.kernels.device import launch_options, num_multiprocessors, wait_for_inputs
 from minivllm.kernels.quantize import quantize_rows
 
 MEASURED_ON = (9, 0)  # compute capability
 MAX_ROWS = 64
 VECTOR_ROWS, VECTOR_COLUMNS, VECTOR_COLUMNS_8BIT = 4, 2048, 1024
 DOT_ROWS, DOT_BYTES, DOT_STAGES = 64, 256, 5
+FLAT_ROWS, FLAT_BYTES, FLAT_STAGES = 32, 512, 4  # for at most MAX_FLAT_ROWS rows of x
+MAX_FLAT_ROWS = 16
+MAX_IN_SIZE = 12288  # of which 17 rows and more are multiplied here, if W has no more outputs than inputs
 PREFETCH_LINES = 4
 
 
@@ -102,12 +106,25 @@ def has_kernel(rows: int, weight: torch.Tensor) -> bool:
         return out_size % VECTOR_ROWS == 0 and in_size >= 1024
     if out_size % DOT_ROWS or in_size % _columns(weight):
         return False
-    return out_size >= 4096 or in_size <= out_size or weight.element_size() == 1
+    if in_size <= out_size or weight.element_size() == 1:
+        return True
+    return out_size >= 4096 and (rows <= MAX_FLAT_ROWS or in_size <= MAX_IN_SIZE)
 
 
 def _columns(weight: torch.Tensor) -> int:
     """Of a tile of `_dot_kernel`."""
     return DOT_BYTES // weight.element_size()
+
+
+def _takes_flat_tiles(rows: int, weight: torch.Tensor) -> bool:
+    """Whether tiles of 32 rows of W are better: where all programs run at once, so that the multiprocessor that has
+    most to read decides, and it has less that way."""
+    out_size, in_size = weight.shape
+    if rows > MAX_FLAT_ROWS or weight.element_size() != 2 or in_size % (FLAT_BYTES // 2):
+        return False
+    num = num_multiprocessors(weight.device)
+    most_rows = [-(-out_size // (tile * num)) * tile for tile in (FLAT_ROWS, DOT_ROWS)]
+    return out_size <= 2 * DOT_ROWS * num and most_rows[0] < most_rows[1]
 
 
 def small_linear(
@@ -129,9 +146,12 @@ def small_linear(
         )
     else:
         x, row_scale = (x, x) if scale is None else quantize_rows(x)
-        _dot_kernel[(out_size // DOT_ROWS,)](
+        tile_rows, columns, stages = DOT_ROWS, _columns(weight), DOT_STAGES
+        if _takes_flat_tiles(rows, weight):
+            tile_rows, columns, stages = FLAT_ROWS, FLAT_BYTES // 2, FLAT_STAGES
+        _dot_kernel[(out_size // tile_rows,)](
             x, row_scale, *tensors, rows, out_size, in_size, x.stride(0),
-            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=DOT_ROWS, COLUMNS=_columns(weight), STAGES=DOT_STAGES,
+            BLOCK_M=max(16, triton.next_power_of_2(rows)), ROWS=tile_rows, COLUMNS=columns, STAGES=stages,
             PREFETCH=PREFETCH_LINES if options["PDL"] else 0, num_warps=4, **options,
         )  # fmt: skip
     return out

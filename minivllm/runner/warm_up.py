@@ -58,7 +58,7 @@ def compile_kernels(
         backend.truncate(zeros(1, config.vocab_size, dtype=torch.float32), ones, ones.int(), ones, ones)
 
     x, norm_weight = zeros(ROWS[-1], hidden), zeros(hidden, dtype=norm_dtype)
-    weight = zeros(max(4096, hidden), hidden)
+    weight, wider = zeros(max(4096, hidden), hidden), zeros(max(6144, hidden), hidden)  # two ways to be cut
     tables = zeros(2, num_columns, dtype=torch.int32)
     decode = ForwardBatch(ints(0, 0), ints(0, 0), ints(0, 0), tables, ints(1, 1), 2)
     prefill = ForwardBatch(
@@ -77,6 +77,7 @@ def compile_kernels(
         lambda: rotate(1),
         lambda: rotate(ROWS[-1]),
         *(lambda rows=rows: backend.linear(x[:rows], weight, None) for rows in ROWS),  # type: ignore[misc]
+        lambda: backend.linear(x[:2], wider, None),
     ]
 
     def run(job: Callable[[], object]) -> None:
