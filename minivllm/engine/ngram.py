@@ -14,10 +14,8 @@ from typing import Any
 
 from minivllm.validation import check_int, reject_unknown
 
-DECAY, MISS_DECAY = 0.75, 0.95  # of the running mean of accepted tokens, after a draft, and where there is none
-WORTH = 0.5  # accepted tokens a step and request that pay for waiting for each token before the next step
-PAUSE = 32  # tokens without drafts where they do not pay; doubled each time, up to 16 times
-MAX_PAUSE = 512
+DECAY = 0.85  # of the running mean of right tokens, a step
+WORTH = 0.5  # right tokens a step and request that pay for waiting for each token before the next step
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,33 @@ class NgramConfig:
 
 
 class NgramDrafter:
-    """Of one request.  It pauses by itself where drafts are not accepted."""
+    """Of one request.  What drafts are worth it knows without computing any, since the tokens are the same: it watches
+    how many of those that come it would have drafted."""
 
     def __init__(self, config: NgramConfig) -> None:
         self._config = config
         self._next: dict[tuple[int, ...], int] = {}  # n-gram: the place after its last occurrence
         self._num_indexed = 0  # tokens that are the last of an indexed n-gram
-        self._mean = 1.0  # running mean of accepted tokens a step
-        self._pause = PAUSE
-        self._resume_at = 0
+        self._mean = 0.0  # running mean of the right tokens of a step's draft
+        self._draft: list[int] = []  # of the step that begins with `_num_before` tokens
+        self._num_before = 0
 
-    def expected(self, num_tokens: int) -> float:
-        """Tokens that the next draft adds, when the request has `num_tokens` tokens; 0: none is to be asked for."""
-        return self._mean if num_tokens >= self._resume_at else 0.0
+    @property
+    def expected(self) -> float:
+        """Tokens that a draft adds to a step; 0: too few to ask for one."""
+        return self._mean if self._mean >= WORTH else 0.0
+
+    def watch(self, token_ids: list[int]) -> None:
+        """To be called when a token has come, with all of the request's."""
+        came = token_ids[self._num_before :]
+        num_right = 0
+        while num_right < min(len(came), len(self._draft)) and came[num_right] == self._draft[num_right]:
+            num_right += 1
+        if num_right == len(came):
+            return  # the step's last token is still to come
+        self._mean = DECAY * self._mean + (1 - DECAY) * num_right
+        self._num_before = len(token_ids)
+        self._draft = self.propose(token_ids, self._config.num_speculative_tokens)
 
     def propose(self, token_ids: list[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow `token_ids`; none if nothing is found."""
@@ -81,21 +93,7 @@ class NgramDrafter:
             place = self._next.get(tuple(token_ids[-size:])) if size <= len(token_ids) else None
             if place is not None:
                 return token_ids[place : place + min(most, self._config.num_speculative_tokens)]
-        self._learn(MISS_DECAY * self._mean, len(token_ids))
         return []
-
-    def learn(self, num_accepted: int, num_tokens: int) -> None:
-        """Told how many of the last draft were accepted, the request now having `num_tokens` tokens."""
-        self._learn(DECAY * self._mean + (1 - DECAY) * num_accepted, num_tokens)
-
-    def _learn(self, mean: float, num_tokens: int) -> None:
-        self._mean = mean
-        if mean >= WORTH:
-            self._pause = PAUSE if mean >= 2 * WORTH else self._pause
-            return
-        self._resume_at = num_tokens + self._pause
-        self._pause = min(2 * self._pause, MAX_PAUSE)
-        self._mean = (WORTH + 1.0) / 2  # what comes next decides quickly
 
 
 def accepted(drafted: list[int], sampled: list[int]) -> list[int]:

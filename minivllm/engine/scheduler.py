@@ -170,6 +170,7 @@ class Scheduler:
             num_known = len(request.prompt_logprobs)  # more than num_before if it was preempted since
             request.prompt_logprobs.extend(entries[num_known - num_before :])
         more = self._accept(result, sampled, drafts)
+        has_room_for_drafts = len(self.running) < self.max_draft_rows
         progressed = []
         all_logprobs: list[TokenLogprobs | None] = result.logprobs or [None] * len(sampled)
         for request, token, logprobs in zip(sampled, result.tokens, all_logprobs, strict=True):
@@ -181,6 +182,8 @@ class Scheduler:
             metrics.last_token_time = now
             for own in (token, *more.get(request, ())):
                 request.token_ids.append(own)
+                if request.drafter is not None and has_room_for_drafts:
+                    request.drafter.watch(request.token_ids)
                 self.stats.num_generated_tokens += 1
                 if logprobs is not None:
                     request.logprobs.append(logprobs)
@@ -294,7 +297,7 @@ class Scheduler:
         room = self.max_draft_rows - len(self.running)
         if room <= 0:
             return False
-        expected = sum(r.drafter.expected(len(r.token_ids)) for r in self.running if r.drafter is not None)
+        expected = sum(request.drafter.expected for request in self.running if request.drafter is not None)
         return expected > 0 and min(expected, room) >= WORTH * len(self.running)
 
     def _draft(self, batch: ScheduledBatch, decodes: list[Request], budget: int) -> list[Draft]:
@@ -304,9 +307,7 @@ class Scheduler:
         places = [
             (row, request, request.drafter)
             for row, request in enumerate(decodes)
-            if request.drafter is not None
-            and not request.num_in_flight
-            and request.drafter.expected(request.num_tokens)
+            if request.drafter is not None and not request.num_in_flight and request.drafter.expected
         ]
         if room <= 0 or not places:
             return drafts
@@ -336,10 +337,8 @@ class Scheduler:
         for (request, drafted), after in zip(drafts, result.draft_tokens, strict=True):
             if request.finished:
                 continue
-            assert request.drafter is not None
             more[request] = accepted(drafted, [first[request], *after])[1:]
             request.num_computed_tokens += len(more[request])
-            request.drafter.learn(len(more[request]), len(request.token_ids) + 1 + len(more[request]))
             self.stats.num_drafts += 1
             self.stats.num_draft_tokens += len(drafted)
             self.stats.num_accepted_tokens += len(more[request])
