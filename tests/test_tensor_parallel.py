@@ -103,16 +103,19 @@ def test_kernels_exchange_sums_and_tokens(tiny, name, size):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("name", "size"), [("bias", 4), ("gemma2", 2)])
-def test_workers_share_out_the_rows_of_large_steps(tiny, name, size):
-    """Steps of more tokens than CUDA graphs have; with all of a prompt's outputs wanted, or the last one's."""
+@pytest.mark.parametrize(("name", "size", "quantization"), [("bias", 4, None), ("gemma2", 2, "fp8")])
+def test_workers_share_out_the_rows_of_large_steps(tiny, name, size, quantization):
+    """Steps of more tokens than CUDA graphs have, with all of a prompt's outputs wanted, or the last one's: as workers
+    do that add up through a library."""
     batch = [[(7 * i + 3 * j) % 150 for j in range(length)] for i, length in enumerate((37, 35))]
     params = [SamplingParams(temperature=0, max_tokens=2, ignore_eos=True) for _ in batch]
     params[0].prompt_logprobs = 1  # of 36 tokens in one step
     found = []
-    for backend, workers in (("torch", 1), ("triton", size)):
-        options = dict(backend=backend, max_num_batched_tokens=38, max_num_seqs=4, tensor_parallel_size=workers)
-        with LLM(tiny(name), kv_cache_memory_bytes=1 << 20, **options, **OPTIONS) as llm:
+    options = OPTIONS | dict(max_num_batched_tokens=38, max_num_seqs=4, quantization=quantization)
+    for backend in ("torch", "triton"):
+        with LLM(
+            tiny(name), backend=backend, tensor_parallel_size=size, kv_cache_memory_bytes=1 << 20, **options
+        ) as llm:
             found.append(llm.generate(batch, params, use_tqdm=False))
     assert tokens(found[0]) == tokens(found[1])
     for one, two in zip(*(outputs[0].prompt_logprobs[1:] for outputs in found), strict=True):
