@@ -9,8 +9,8 @@ Weights in 8-bit floats: one row is multiplied as it is; more are rounded to 8 b
 take costs no conversion of the weights, which would take longer than to read them.
 
 `has_kernel` says which shapes these kernels are faster for than cuBLAS: measured on H100 (the shapes of Llama 1B, 7B
-and 8B in bfloat16, inputs rotating beyond the L2, inside a CUDA graph).  On other chips nothing was measured, and
-cuBLAS is used.
+and 8B, whole or halved, in bfloat16, inputs rotating beyond the L2, inside a CUDA graph).  On other chips nothing was
+measured, and cuBLAS is used.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def has_kernel(rows: int, weight: torch.Tensor) -> bool:
         return False
     if in_size <= out_size or weight.element_size() == 1:
         return True
-    return out_size >= 4096 and (rows <= MAX_FLAT_ROWS or in_size <= MAX_IN_SIZE)
+    return out_size >= (3072 if rows <= 32 else 4096) and (rows <= MAX_FLAT_ROWS or in_size <= MAX_IN_SIZE)
 
 
 def _columns(weight: torch.Tensor) -> int:
