@@ -9,7 +9,7 @@ from minivllm import LLM, SamplingParams
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import MAX_DRAFT_ROWS, StepResult
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.ngram import NgramConfig, NgramDrafter, accepted
+from minivllm.engine.ngram import NgramConfig, NgramDrafter, accepted, pay
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
 
@@ -116,9 +116,8 @@ def test_requests_that_want_more_are_left_alone(make):
         dict(min_tokens=5),
         dict(logits_processors=[lambda o, x: x]),
     ]
-    params = [
-        SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, **options, **FEW) for options in (*wants, {})
-    ]
+    params = [SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, **options, **FEW) for options in wants]
+    params.append(SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, allowed_token_ids=[3]))
     prompts = [PROMPTS[1]] * len(params)
     with make() as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
@@ -150,7 +149,7 @@ def test_the_latest_of_the_longest_ngrams_proposes():
     assert draft([2, 3, 4, 9, 2, 3, 5, 7, 2, 3]) == [5, 7, 2, 3]  # the later 2 3
     assert draft([2, 3, 4, 9, 2, 3, 5, 7, 2, 3], most=1) == [5]
     assert draft([1, 2, 3, 4]) == [] and draft([5]) == []
-    assert draft([7, 7]) == [7]
+    assert draft([7, 7]) == [7, 7, 7, 7] and draft([4, 5, 6, 4, 5]) == [6, 4, 5, 6], "in a circle"
     assert draft([1, 2, 5, 2], prompt_lookup_min=2) == []
 
 
@@ -183,9 +182,8 @@ def test_it_knows_what_drafts_would_bring_without_any(share):
             break
         right = len(accepted(drafted, tokens[end : end + len(drafted) + 1])) - 1
         mean, end = 0.85 * mean + 0.15 * right, end + right + 1
-        assert means[end] == (pytest.approx(mean) if mean >= 0.5 else 0)
-    asked = sum(mean > 0 for mean in means.values())
-    assert asked == 0 if share == 0.2 else asked > 100
+        assert means[end] == pytest.approx(mean)
+    assert pay(8 * sum(means.values()) / len(means), 8) == (share > 0.5)
 
 
 def test_it_may_miss_tokens():
@@ -203,7 +201,7 @@ def test_all_wait_for_the_drafts_of_a_few_only_where_that_pays_all():
     for num_others, waits in ((0, True), (7, True), (8, False), (30, False)):
         scheduler.running = [drafting] + [plain] * num_others
         assert scheduler.waits_for_tokens == waits
-    for num_drafting, waits in ((21, True), (22, False), (32, False)):  # room for 11 drafts, for 10, for none
+    for num_drafting, waits in ((20, True), (21, False), (32, False)):  # room for 12 drafts, for 11, for none
         scheduler.running = [drafting] * num_drafting
         assert scheduler.waits_for_tokens == waits
 
@@ -240,8 +238,9 @@ def test_requests_share_the_room_for_drafts():
     assert sorted(drafts_of_a_step(3, 12).items()) == [(0, 4), (1, 4), (2, 4)]
     assert sorted(drafts_of_a_step(3, 8).values()) == [2, 3, 3]
     assert sorted(drafts_of_a_step(4, 40, found=2).values()) == [2, 2, 2, 2]
-    rows = [row for turn in range(4) for row in drafts_of_a_step(4, 1, num_before=turn)]
-    assert sorted(rows) == [0, 1, 2, 3], "each has its turn where there is no room for all"
+    rows = [row for turn in range(4) for row in drafts_of_a_step(4, 2, num_before=turn)]
+    assert sorted(rows) == [0, 0, 1, 1, 2, 2, 3, 3], "each has its turn where there is no room for all"
+    assert not drafts_of_a_step(4, 1), "not worth it"
 
 
 def test_accepted():

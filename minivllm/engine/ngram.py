@@ -15,7 +15,9 @@ from typing import Any
 from minivllm.validation import check_int, reject_unknown
 
 DECAY = 0.85  # of the running mean of right tokens, a step
-WORTH = 0.5  # right tokens a step and request that pay for waiting for each token before the next step
+# Right tokens a step and request that pay for drafts.  All requests wait for them, for the host's part of a step too,
+# and each draft token reads its request's KV cache, so that more must come of them where there are many requests.
+WORTH, MORE_WORTH_A_REQUEST = 0.4, 0.008
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,9 @@ class NgramDrafter:
         self._config = config
         self._next: dict[tuple[int, ...], int] = {}  # n-gram: the place after its last occurrence
         self._num_indexed = 0  # tokens that are the last of an indexed n-gram
-        self._mean = 0.0  # running mean of the right tokens of a step's draft
+        self.expected = 0.0  # tokens that a draft adds to a step: the running mean of the right ones
         self._draft: list[int] = []  # of the step that begins with `_num_before` tokens
         self._num_before = 0
-
-    @property
-    def expected(self) -> float:
-        """Tokens that a draft adds to a step; 0: too few to ask for one."""
-        return self._mean if self._mean >= WORTH else 0.0
 
     def watch(self, token_ids: list[int]) -> None:
         """To be called when a token has come, with all of the request's."""
@@ -77,12 +74,13 @@ class NgramDrafter:
             num_right += 1
         if num_right == len(came):
             return  # the step's last token is still to come
-        self._mean = DECAY * self._mean + (1 - DECAY) * num_right
+        self.expected = DECAY * self.expected + (1 - DECAY) * num_right
         self._num_before = len(token_ids)
         self._draft = self.propose(token_ids, self._config.num_speculative_tokens)
 
     def propose(self, token_ids: list[int], most: int) -> list[int]:
-        """Up to `most` tokens that may follow `token_ids`; none if nothing is found."""
+        """Up to `most` tokens that may follow `token_ids`; none if nothing is found.  Where these end the text goes on
+        in a circle, as one does that repeats itself."""
         sizes = range(self._config.prompt_lookup_max, self._config.prompt_lookup_min - 1, -1)
         for end in range(self._num_indexed, len(token_ids) - 1):  # all but the n-grams that end the text
             for size in sizes:
@@ -92,8 +90,15 @@ class NgramDrafter:
         for size in sizes:
             place = self._next.get(tuple(token_ids[-size:])) if size <= len(token_ids) else None
             if place is not None:
-                return token_ids[place : place + min(most, self._config.num_speculative_tokens)]
+                period = len(token_ids) - place
+                number = min(most, self._config.num_speculative_tokens)
+                return [token_ids[place + i % period] for i in range(number)]
         return []
+
+
+def pay(expected: float, num_requests: int) -> bool:
+    """Whether `expected` right tokens a step, of all requests together, are worth making `num_requests` wait."""
+    return expected > 0 and expected >= (WORTH + MORE_WORTH_A_REQUEST * num_requests) * num_requests
 
 
 def accepted(drafted: list[int], sampled: list[int]) -> list[int]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.ngram import WORTH, accepted
+from minivllm.engine.ngram import accepted, pay
 from minivllm.engine.request import Request
 
 RIDING_TOKENS = 1280  # of a step whose prompts only ride along; fewer would leave matrix products short of work
@@ -288,17 +288,17 @@ class Scheduler:
 
     @property
     def waits_for_tokens(self) -> bool:
-        """Whether what comes next hangs on the values of tokens: a mask, a function's result, or a draft.
+        """Whether what comes next hangs on the values of tokens: a mask, a function's result, or a draft."""
+        in_flight = any(drafts for _, _, drafts in self._in_flight)
+        return self.num_needing_tokens > 0 or in_flight or self._drafts_pay()
 
-        All running requests wait for the drafts of a few, which must be worth that to all.
-        """
-        if self.num_needing_tokens > 0 or any(drafts for _, _, drafts in self._in_flight):
-            return True
+    def _drafts_pay(self) -> bool:
+        """All running requests wait for the drafts of a few, which must be worth that to all."""
         room = self.max_draft_rows - len(self.running)
         if room <= 0:
             return False
         expected = sum(request.drafter.expected for request in self.running if request.drafter is not None)
-        return expected > 0 and min(expected, room) >= WORTH * len(self.running)
+        return pay(min(expected, room), len(self.running))
 
     def _draft(self, batch: ScheduledBatch, decodes: list[Request], budget: int) -> list[Draft]:
         """Add drafts to a step of decodes: an equal share of the room for each request that may have one."""
@@ -307,9 +307,9 @@ class Scheduler:
         places = [
             (row, request, request.drafter)
             for row, request in enumerate(decodes)
-            if request.drafter is not None and not request.num_in_flight and request.drafter.expected
+            if request.drafter is not None and not request.num_in_flight
         ]
-        if room <= 0 or not places:
+        if room <= 0 or not places or not self._drafts_pay():
             return drafts
         first = self.stats.num_steps % len(places)  # takes turns where there is no room for all
         for i, (row, request, drafter) in enumerate(places[first:] + places[:first]):
