@@ -76,31 +76,35 @@ def test_every_linear_layer_but_the_lm_head_is_quantized():
     assert error[:6].max() < 0.06 and error[6] < 1e-6, "each token has a scale of its own"
 
 
+def look(embedded, continuation=None, **options):
+    """Perplexity of a text, 64 tokens after half of it (greedy ones, unless given), how many of them are likeliest."""
+    greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    want_all = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    with LLM(embedded, device="cpu", max_model_len=1024, kv_cache_memory_bytes=1 << 28, **options) as llm:
+        ids = llm.get_tokenizer()(inspect.getsource(textwrap)).input_ids[:600]
+        tokens = continuation or llm.generate([ids[:300]], greedy, use_tqdm=False)[0].outputs[0].token_ids
+        one, two = llm.generate(
+            [dict(prompt_token_ids=ids), dict(prompt_token_ids=ids[:300] + list(tokens))], want_all, use_tqdm=False
+        )
+    loss = -sum(entry[t].logprob for entry, t in zip(one.prompt_logprobs[1:], ids[1:], strict=True)) / 599
+    same = sum(entry[t].rank == 1 for entry, t in zip(two.prompt_logprobs[300:], tokens, strict=True))
+    return math.exp(loss), tokens, same / len(tokens)
+
+
+@pytest.fixture(scope="module")
+def unrounded(embedded):
+    return look(embedded)
+
+
 @pytest.mark.parametrize(
     ("options", "more_perplexity", "agreement"),
     zip(OPTIONS, (1.03, 1.06, 1.08), (0.9, 0.8, 0.8), strict=True),
     ids=str,
 )
-def test_the_embedded_model_loses_little(embedded, options, more_perplexity, agreement):
+def test_the_embedded_model_loses_little(embedded, unrounded, options, more_perplexity, agreement):
     """Perplexity of a text, and how many of the unrounded model's greedy tokens are the rounded one's too."""
-    text = inspect.getsource(textwrap)
-    want_all = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-
-    def look(llm, continuation=None):
-        ids = llm.get_tokenizer()(text).input_ids[:600]
-        greedy = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-        tokens = continuation or llm.generate([ids[:300]], greedy, use_tqdm=False)[0].outputs[0].token_ids
-        one, two = llm.generate(
-            [dict(prompt_token_ids=ids), dict(prompt_token_ids=ids[:300] + list(tokens))], want_all, use_tqdm=False
-        )
-        loss = -sum(entry[t].logprob for entry, t in zip(one.prompt_logprobs[1:], ids[1:], strict=True)) / 599
-        same = sum(entry[t].rank == 1 for entry, t in zip(two.prompt_logprobs[300:], tokens, strict=True))
-        return math.exp(loss), tokens, same / len(tokens)
-
-    with LLM(embedded, device="cpu", max_model_len=1024, kv_cache_memory_bytes=1 << 28) as llm:
-        full, tokens, own = look(llm)
-    with LLM(embedded, device="cpu", max_model_len=1024, kv_cache_memory_bytes=1 << 28, **options) as llm:
-        rounded, _, same = look(llm, tokens)
+    full, tokens, own = unrounded
+    rounded, _, same = look(embedded, tokens, **options)
     assert own > 0.98, "greedy tokens are the likeliest"
     assert rounded < full * more_perplexity and rounded != full
     assert same > agreement

@@ -68,16 +68,23 @@ def llm(request, embedded):
         llm.engine.scheduler.check_integrity()
 
 
+FREE = SamplingParams(temperature=0, max_tokens=25)
+
+
+@pytest.fixture(scope="module")
+def alone(llm):
+    """What a request without a grammar gives with nothing beside it."""
+    return llm.generate(PROMPTS[1], FREE, use_tqdm=False)[0].outputs[0].token_ids
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_follow_the_grammar(llm, name):
+def test_outputs_follow_the_grammar(llm, alone, name):
     """Greedy and drawn, two from one prompt, beside requests without a grammar, which give what they give alone."""
     options, check = CASES[name]
     guided = dict(structured_outputs=StructuredOutputsParams(**options), max_tokens=90)
-    free = SamplingParams(temperature=0, max_tokens=25)
-    params = [SamplingParams(temperature=0, **guided), free, SamplingParams(temperature=1, seed=5, n=2, **guided)]
+    params = [SamplingParams(temperature=0, **guided), FREE, SamplingParams(temperature=1, seed=5, n=2, **guided)]
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)
-    alone = llm.generate(PROMPTS[1], free, use_tqdm=False)[0].outputs[0]
-    assert outputs[1].outputs[0].token_ids == alone.token_ids
+    assert outputs[1].outputs[0].token_ids == alone
     finished = [c for output in (outputs[0], outputs[2]) for c in output.outputs if c.finish_reason == "stop"]
     assert len(finished) >= 2, "too few came to their end to say much"
     for completion in finished:
