@@ -53,8 +53,8 @@ def test_the_output_is_that_without_speculation(make, name, options):
         pytest.skip("the interpreter is slow, and the torch backend has drawn the same")
     params, prompts = SamplingParams(max_tokens=60, ignore_eos=True, **options, **FEW), PROMPTS
     if name == "triton":
-        params.max_tokens, params.allowed_token_ids, prompts = 14, [3], [[3] * 20, [4] + [3] * 30]
-    with make(**SETTINGS[name]) as llm:
+        params.max_tokens, params.allowed_token_ids, prompts = 11, [3], [[3] * 20, [4] + [3] * 30]
+    with make(**SETTINGS["plain" if name == "triton" else name]) as llm:  # backends agree: test_triton_engine.py
         expected = run(llm, params, prompts)
     with make(**SETTINGS[name], speculative_config=NGRAM) as llm:
         assert run(llm, params, prompts) == expected
