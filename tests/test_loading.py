@@ -194,7 +194,11 @@ class Harmful:
         return (exec, ("import builtins; builtins.was_run = True",))
 
 
-@pytest.mark.parametrize("content", [{"a": Harmful()}, {"a": 3}, [1], b"not a pickle", b""], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [{"a": Harmful()}, {"a": 3}, [1], b"not a pickle", b""],
+    ids=["harmful", "number", "list", "no pickle", "empty"],
+)
 def test_pickles_of_anything_else_are_refused(tmp_path, content):
     path = tmp_path / "pytorch_model.bin"
     if isinstance(content, bytes):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def engine(request, tiny):
         llm.engine.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: re.sub(" at 0x[0-9a-f]+", "", str(options)))
 def test_options_on_logits(engine, tiny, hugging_face, options):
     """In a batch with requests that ask for nothing, and for other things."""
     model, greedy = hugging_face(tiny("gqa-tied")), dict(temperature=0, max_tokens=NUM_TOKENS)
