@@ -191,16 +191,21 @@ def greedy(hugging_face):
 
 
 def ray_engines():
-    """Of the engines in Ray's actors: (the actor's process id, the engine's)."""
+    """Of the engines in actors of the Ray cluster that this process runs: (the actor's process id, the engine's).
+
+    Known by descent (this process, raylet, actor, engine): actors have been seen without their title.
+    """
     import subprocess
 
-    lines = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(["ps", "-wweo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
     processes = {int(pid): (int(parent), args) for pid, parent, args in (line.split(None, 2) for line in lines)}
-    return [
-        (parent, pid)
-        for pid, (parent, args) in processes.items()
-        if "minivllm.engine_process" in args and processes.get(parent, (0, ""))[1].startswith("ray::")
-    ]
+    found = []
+    for pid, (actor, args) in processes.items():
+        raylet = processes.get(actor, (0, ""))[0]
+        driver, command = processes.get(raylet, (0, ""))
+        if "minivllm.engine_process" in args and driver == os.getpid() and command.split()[0].endswith("/raylet"):
+            found.append((actor, pid))
+    return found
 
 
 class RunningServer:

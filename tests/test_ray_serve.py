@@ -66,7 +66,7 @@ def url(embedded):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     app = application(embedded, num_replicas=2, served_model_name="smol", num_cpus=1, engine_arguments=ENGINE)
     serve.run(app)
