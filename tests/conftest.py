@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import time
 
 # Read when torch is loaded: threads that wait sleep, since on busy cores those that spin take tens of times as long.
@@ -9,6 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under `pytest &`; tests send it, to what they start too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:

@@ -88,7 +88,6 @@ def test_chat_survives_ctrl_c():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored under `pytest &`
     )
     try:
         process.stdin.write(b"Write a very long story about a fox and a bear.\n")
