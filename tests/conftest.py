@@ -113,9 +113,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def num_threads(request):
-    """Two threads for the embedded model, one for what is tiny."""
+    """Two threads for the embedded model, unless OMP_NUM_THREADS says otherwise; one for what is tiny."""
     if not ON_GPU:
-        torch.set_num_threads(2 if "embedded" in request.fixturenames else 1)
+        threads = int(os.environ.get("OMP_NUM_THREADS", 2))
+        torch.set_num_threads(threads if "embedded" in request.fixturenames else 1)
 
 
 @pytest.fixture(scope="session")
