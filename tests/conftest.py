@@ -7,6 +7,8 @@ import time
 
 # Read when torch is loaded: threads that wait sleep, since on busy cores those that spin take tens of times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
