@@ -12,8 +12,7 @@ from minivllm.backends.base import KVCache
 from minivllm.layers.linear import Linear, MergedLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import ALONE, Summand, TensorParallel
-from minivllm.row_shares import RowShare
+from minivllm.parallel import ALONE, RowShare, Summand, TensorParallel
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch

@@ -13,7 +13,7 @@ from torch import nn
 from minivllm.backends import Backend
 from minivllm.backends.base import quantize_rows
 from minivllm.layers.linear import Linear
-from minivllm.row_shares import RowShare
+from minivllm.parallel import RowShare
 
 MAX_ROWS = 4096  # of a weight that are quantized at once: what that takes beside the weight stays small
 

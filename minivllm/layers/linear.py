@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from minivllm.backends import Backend
-from minivllm.parallel import WHOLE, Index, Parts, Share
-from minivllm.row_shares import RowShare
+from minivllm.parallel import WHOLE, Index, Parts, RowShare, Share
 
 Target = torch.Tensor | Parts
 ALL = slice(None)

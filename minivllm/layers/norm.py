@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from minivllm.backends import Backend
-from minivllm.parallel import Summand
-from minivllm.row_shares import RowShare
+from minivllm.parallel import RowShare, Summand
 
 Rows = torch.Tensor | RowShare
 

@@ -13,8 +13,7 @@ from minivllm.backends import Backend
 from minivllm.backends.base import KVCache
 from minivllm.layers import Attention, Embedding, Linear, LMHead, MergedLinear, RMSNorm, Target, rope_table
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import ALONE, Summand, TensorParallel
-from minivllm.row_shares import RowShare
+from minivllm.parallel import ALONE, RowShare, Summand, TensorParallel
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch

@@ -23,12 +23,10 @@ from minivllm.child_process import connect
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import MAX_DRAFT_ROWS
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import SENT_ROWS, TensorParallel, open_inbox
-from minivllm.row_shares import RowExchange
+from minivllm.parallel import SENT_ROWS, RowExchange, TensorParallel, open_inbox, see_each_other
 from minivllm.runner.cuda_graph import mixed_graph_sizes
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.runner.pending_step import PendingStep
-from minivllm.shared_tensors import see_each_other
 
 START_SECONDS = 600  # a worker may load its share of the weights later than another
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from minivllm.shared_tensors import SharedTensors, all_ready
+from minivllm.parallel.shared_tensors import SharedTensors, all_ready
 
 SUMMANDS, ROWS = 0, 1  # kinds of messages
 
