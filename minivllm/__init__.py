@@ -7,7 +7,7 @@ print(LLM().generate("The capital of France is", SamplingParams(temperature=0))[
 from typing import TYPE_CHECKING, Any
 
 from minivllm.beam_search import BeamSearchParams
-from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from minivllm.outputs import CompletionOutput, FlatLogprobs, Logprob, RequestMetrics, RequestOutput
 from minivllm.sampling_params import (
     RepetitionDetectionParams,
     RequestOutputKind,
@@ -25,6 +25,7 @@ __all__ = [
     "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
+    "FlatLogprobs",
     "Logprob",
     "RepetitionDetectionParams",
     "RequestMetrics",

@@ -112,7 +112,10 @@ def merge(outputs: list[RequestOutput]) -> RequestOutput:
 
 
 def _joined(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
-    logprobs = None if new.logprobs is None else [*(old.logprobs or ()), *new.logprobs]
+    logprobs = None
+    if new.logprobs is not None:
+        logprobs = type(new.logprobs)()
+        logprobs.extend([*(old.logprobs or ()), *new.logprobs])
     return CompletionOutput(
         index=new.index,
         text=old.text + new.text,

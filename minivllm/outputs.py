@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import overload
 
 
 @dataclass(slots=True)
@@ -39,19 +41,69 @@ class Logprob:
 
 
 @dataclass(slots=True)
+class FlatLogprobs(Sequence[dict[int, Logprob]]):
+    """The logprobs of many tokens in six lists, whatever their number (SamplingParams.flat_logprobs): dicts of Logprobs
+    are millions of objects for Python's garbage collector to go through.
+
+    It is read like a list of these dicts, which are made when they are read.  Place i's entries are those from
+    start_indices[i] to end_indices[i] in the other lists; the first token of a prompt has none.
+    """
+
+    start_indices: list[int] = field(default_factory=list)
+    end_indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int | None] = field(default_factory=list)
+    decoded_tokens: list[str | None] = field(default_factory=list)
+
+    def append(self, entries: dict[int, Logprob] | None) -> None:
+        """Add the next token's."""
+        self.start_indices.append(len(self.token_ids))
+        for token_id, entry in (entries or {}).items():
+            self.token_ids.append(token_id)
+            self.logprobs.append(entry.logprob)
+            self.ranks.append(entry.rank)
+            self.decoded_tokens.append(entry.decoded_token)
+        self.end_indices.append(len(self.token_ids))
+
+    def extend(self, places: Iterable[dict[int, Logprob] | None]) -> None:
+        """Add several tokens'."""
+        for entries in places:
+            self.append(entries)
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[int, Logprob]: ...
+    @overload
+    def __getitem__(self, index: slice) -> FlatLogprobs: ...
+    def __getitem__(self, index: int | slice) -> dict[int, Logprob] | FlatLogprobs:
+        if isinstance(index, slice):
+            part = FlatLogprobs()
+            part.extend(self[i] for i in range(*index.indices(len(self))))
+            return part
+        columns = (self.token_ids, self.logprobs, self.ranks, self.decoded_tokens)
+        own = slice(self.start_indices[index], self.end_indices[index])
+        entries = zip(*(column[own] for column in columns), strict=True)
+        return {token_id: Logprob(*fields) for token_id, *fields in entries}
+
+
+@dataclass(slots=True)
 class CompletionOutput:
     """One completion of a prompt.  `finish_reason` is "stop", "length", "repetition", "abort" or None (unfinished).
 
     `stop_reason` is the stop string, or the id of the stop_token_ids, that ended it; None for end-of-sequence.
     `logprobs` has a dict by token id for each of `token_ids`: the token sampled, then the most likely ones, or those of
     logprob_token_ids; None, like `cumulative_logprob`, the sum for the tokens sampled, if they were not asked for.
+    With flat_logprobs they are FlatLogprobs.
     """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[dict[int, Logprob]] | FlatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -64,7 +116,8 @@ class CompletionOutput:
 class RequestOutput:
     """The output of one request.  `num_cached_tokens` prompt tokens came from the prefix cache.
 
-    `prompt_logprobs`, if asked for, has an entry for each token of the prompt; the first is None.
+    `prompt_logprobs`, if asked for, has an entry for each token of the prompt; the first is None.  With flat_logprobs
+    they are FlatLogprobs.
     """
 
     request_id: str
@@ -74,4 +127,4 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None

@@ -17,6 +17,7 @@ MAX_INT32 = 2**31 - 1
 NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
 SWITCHES = (
     "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
+    "flat_logprobs",
 )  # fmt: skip
 
 MAX_LOGPROB_TOKEN_IDS = 128
@@ -25,7 +26,6 @@ MAX_LOGPROB_TOKEN_IDS = 128
 NOT_SUPPORTED_YET = {
     "best_of": None,
     "extra_args": None,
-    "flat_logprobs": False,
     "guided_decoding": None,
     "prompt_logprob_start": None,
     "prompt_logprob_token_ids": None,
@@ -71,6 +71,7 @@ class SamplingParams:
     logprobs: how many of the most likely tokens to report at each place, beside the one sampled; -1: all.
     logprob_token_ids: report these tokens' (up to 128) in place of the most likely ones', without their ranks.
     prompt_logprobs: the same for the tokens of the prompt.
+    flat_logprobs: both come as FlatLogprobs, a few lists in place of dicts and objects.
     detokenize: False leaves `text` empty.
     skip_special_tokens, spaces_between_special_tokens: how special tokens are written in the text.
     logit_bias: added to logits, by token id; clamped to [-100, 100].
@@ -104,6 +105,7 @@ class SamplingParams:
     logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
+    flat_logprobs: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True

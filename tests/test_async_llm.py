@@ -45,14 +45,14 @@ async def idle(llm):
 def test_same_outputs_as_llm(tiny, llm, kind):
     params = [
         SamplingParams(temperature=0, max_tokens=9, logprobs=2, prompt_logprobs=1),
-        SamplingParams(seed=3, max_tokens=11, n=2),
+        SamplingParams(seed=3, max_tokens=11, n=2, logprobs=1, flat_logprobs=True),
     ]
     with LLM(tiny("gqa-tied"), **OPTIONS) as offline:
         expected = offline.generate(PROMPTS, params * 6, use_tqdm=False)
 
     async def one(prompt, params):
         params = SamplingParams(**{name: getattr(params, name) for name in ("temperature", "max_tokens", "logprobs",
-                                "prompt_logprobs", "seed", "n")}, output_kind=kind)  # fmt: skip
+                                "prompt_logprobs", "flat_logprobs", "seed", "n")}, output_kind=kind)  # fmt: skip
         outputs = [output async for output in llm.generate(prompt, params)]
         if kind == RequestOutputKind.DELTA:
             assert len(outputs) > 1

@@ -255,7 +255,7 @@ def test_numbers_too_large(tiny, name, value):
         (dict(temprature=1), "no argument 'temprature'; did you mean 'temperature'"),
         (dict(xyz=1), "no argument 'xyz'; known: n, "),
         (dict(best_of=2), "best_of is not supported yet"),
-        (dict(flat_logprobs=True), "flat_logprobs is not supported yet"),
+        (dict(flat_logprobs=1), "flat_logprobs must be True or False"),
         (dict(thinking_token_budget=100), "thinking_token_budget is not supported yet"),
         (dict(logprob_token_ids=[]), "logprob_token_ids must have 1 to 128 token ids, got 0"),
         (dict(logprob_token_ids=[1] * 129), "logprob_token_ids must have 1 to 128 token ids, got 129"),

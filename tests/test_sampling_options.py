@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY_VOCAB
 
-from minivllm import LLM, RepetitionDetectionParams, RequestOutputKind, SamplingParams
+from minivllm import LLM, FlatLogprobs, RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from minivllm.model_config import ModelConfig
 
 PROMPTS = [[1, 2, 3], [(7 * i) % 90 for i in range(40)], [5] * 9 + [8, 5, 8], list(range(60, 85))]
@@ -257,6 +257,34 @@ def test_all_logprobs(tiny, hugging_face):
     logits = logits_after(hugging_face(tiny("mha")), PROMPTS[0] + output.outputs[0].token_ids)
     check_logprobs(output.outputs[0].logprobs, logits[2:-1], output.outputs[0].token_ids, TINY_VOCAB)
     check_logprobs(output.prompt_logprobs[1:], logits[:2], PROMPTS[0][1:], TINY_VOCAB)
+
+
+def test_flat_logprobs_say_the_same(engine):
+    asked = dict(temperature=1, seed=4, max_tokens=9, logprobs=3, prompt_logprobs=2)
+    prompt = PROMPTS[1]
+    outputs = [
+        engine.generate(prompt, SamplingParams(**asked, flat_logprobs=flat), use_tqdm=False)[0]
+        for flat in (False, True)
+    ]
+    dicts, flat = (output.outputs[0].logprobs for output in outputs)
+    assert isinstance(flat, FlatLogprobs) and list(flat) == dicts and len(flat) == 9
+    assert flat[-1] == dicts[-1] and list(flat[2:7:2]) == dicts[2:7:2] and not flat[3:3]
+    with pytest.raises(IndexError):
+        flat[9]
+    begin, end = flat.start_indices[4], flat.end_indices[4]
+    assert dict(zip(flat.token_ids[begin:end], flat.logprobs[begin:end], strict=True)) == {
+        token_id: entry.logprob for token_id, entry in dicts[4].items()
+    }
+    assert flat.ranks[begin:end] == [entry.rank for entry in dicts[4].values()]
+    assert flat.end_indices[-1] == len(flat.token_ids) == len(flat.decoded_tokens) == sum(map(len, dicts))
+    assert outputs[1].outputs[0].cumulative_logprob == outputs[0].outputs[0].cumulative_logprob
+    dicts, flat = (output.prompt_logprobs for output in outputs)
+    assert isinstance(flat, FlatLogprobs) and [entries or None for entries in flat] == dicts
+    parts = [
+        output.outputs[0].logprobs for output in engine.stream(prompt, SamplingParams(**asked, flat_logprobs=True))
+    ]
+    assert all(isinstance(part, FlatLogprobs) for part in parts)
+    assert [entries for part in parts for entries in part] == list(outputs[1].outputs[0].logprobs)
 
 
 def test_logprobs_of_capped_logits(tiny, hugging_face):

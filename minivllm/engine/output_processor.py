@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from minivllm.engine.batch import TokenLogprobs
 from minivllm.engine.detokenizer import Detokenizer, decoder
 from minivllm.engine.request import Request
-from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
+from minivllm.outputs import CompletionOutput, FlatLogprobs, Logprob, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 
@@ -20,9 +20,9 @@ class Sample:
     index: int
     request: Request
     detokenizer: Detokenizer | None
+    logprobs: list[dict[int, Logprob]] | FlatLogprobs  # if asked for; of a stream, those to be reported
     num_reported_tokens: int = 0
     num_reported_characters: int = 0
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # if asked for; of a stream, those to be reported
     cumulative_logprob: float = 0.0
 
 
@@ -58,7 +58,7 @@ class OutputProcessor:
             detokenizer = None
             if self._tokenizer is not None and params.detokenize:
                 detokenizer = Detokenizer(self._tokenizer, request.token_ids, params)
-            group.samples.append(Sample(index, request, detokenizer))
+            group.samples.append(Sample(index, request, detokenizer, FlatLogprobs() if params.flat_logprobs else []))
         self.groups[request_id] = group
         self._places |= {sample.request: (group, sample) for sample in group.samples}
 
@@ -94,12 +94,14 @@ class OutputProcessor:
 
     def _output(self, group: Group, samples: list[Sample]) -> RequestOutput:
         first = group.samples[0].request
-        prompt_logprobs = None
+        prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
         if first.params.prompt_logprobs is not None and not group.reported_prompt_logprobs:
             # Of the parts of an output, the first one has them: all are known once a token has been sampled.
             group.reported_prompt_logprobs = group.params.output_kind == RequestOutputKind.DELTA
             ids = first.token_ids[1 : 1 + len(first.prompt_logprobs)]
-            prompt_logprobs = [None, *map(self._logprobs, ids, first.prompt_logprobs)]
+            prompt_logprobs = FlatLogprobs() if first.params.flat_logprobs else []
+            prompt_logprobs.append(None)
+            prompt_logprobs.extend(map(self._logprobs, ids, first.prompt_logprobs))
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
@@ -125,9 +127,9 @@ class OutputProcessor:
             sample.num_reported_characters, text = len(text), text[begin_text:]
         logprobs = None
         if request.params.logprobs is not None:
-            logprobs = list(sample.logprobs)
+            logprobs = sample.logprobs[:]
             if delta:
-                sample.logprobs.clear()
+                sample.logprobs = type(sample.logprobs)()
         return CompletionOutput(
             index=sample.index,
             text=text,
