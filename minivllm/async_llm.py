@@ -107,6 +107,8 @@ def merge(outputs: list[RequestOutput]) -> RequestOutput:
                 old = completions.get(new.index)
                 completions[new.index] = new if old is None else _joined(old, new)
             last.prompt_logprobs = last.prompt_logprobs or output.prompt_logprobs
+            if output.prompt_token_id_logprobs is not None:
+                last.prompt_token_id_logprobs = output.prompt_token_id_logprobs
         last.outputs = list(completions.values())
     return last
 

@@ -28,7 +28,7 @@ from minivllm.child_process import connect
 from minivllm.metrics import Metric, collect
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
-Packed = tuple[str, bool, int, list[tuple[Any, ...]], tuple[Any, ...], Any]
+Packed = tuple[str, bool, int, list[tuple[Any, ...]], tuple[Any, ...], tuple[Any, Any]]
 METRICS_SECONDS = 0.5  # between figures at most, while steps have no outputs
 CALLS = ("reset_prefix_cache", "check_integrity")
 
@@ -50,12 +50,13 @@ def pack(output: RequestOutput) -> Packed:
     ]
     m = output.metrics
     moments = (m.arrival_time, m.first_scheduled_time, m.first_token_time, m.last_token_time, m.num_preemptions)
-    return output.request_id, output.finished, output.num_cached_tokens, completions, moments, output.prompt_logprobs
+    of_prompt = output.prompt_logprobs, output.prompt_token_id_logprobs
+    return output.request_id, output.finished, output.num_cached_tokens, completions, moments, of_prompt
 
 
 def unpack(packed: Packed, prompt: str | None, prompt_token_ids: list[int]) -> RequestOutput:
     """The RequestOutput that was packed."""
-    request_id, finished, num_cached, completions, moments, prompt_logprobs = packed
+    request_id, finished, num_cached, completions, moments, (prompt_logprobs, scores) = packed
     return RequestOutput(
         request_id=request_id,
         prompt=prompt,
@@ -65,6 +66,7 @@ def unpack(packed: Packed, prompt: str | None, prompt_token_ids: list[int]) -> R
         metrics=RequestMetrics(*moments),
         num_cached_tokens=num_cached,
         prompt_logprobs=prompt_logprobs,
+        prompt_token_id_logprobs=scores,
     )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import TYPE_CHECKING, overload
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(slots=True)
@@ -117,7 +120,7 @@ class RequestOutput:
     """The output of one request.  `num_cached_tokens` prompt tokens came from the prefix cache.
 
     `prompt_logprobs`, if asked for, has an entry for each token of the prompt; the first is None.  With flat_logprobs
-    they are FlatLogprobs.
+    they are FlatLogprobs.  `prompt_token_id_logprobs`: those of prompt_logprob_token_ids, [num_rows, num_ids] float32.
     """
 
     request_id: str
@@ -128,3 +131,4 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
+    prompt_token_id_logprobs: np.ndarray | None = field(default=None, compare=False)

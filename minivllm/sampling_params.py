@@ -27,8 +27,6 @@ NOT_SUPPORTED_YET = {
     "best_of": None,
     "extra_args": None,
     "guided_decoding": None,
-    "prompt_logprob_start": None,
-    "prompt_logprob_token_ids": None,
     "routed_experts_prompt_start": 0,
     "thinking_token_budget": None,
     "trace_decode_token_ids": None,
@@ -71,6 +69,9 @@ class SamplingParams:
     logprobs: how many of the most likely tokens to report at each place, beside the one sampled; -1: all.
     logprob_token_ids: report these tokens' (up to 128) in place of the most likely ones', without their ranks.
     prompt_logprobs: the same for the tokens of the prompt.
+    prompt_logprob_token_ids: in place of prompt_logprobs, lists or an array [num_rows, num_ids] of token ids: report
+        the logprobs of those in row i where the prompt has its token prompt_logprob_start + i + 1, up to the last one,
+        as the output's `prompt_token_id_logprobs`.  A −1, which fills up shorter rows, has −inf.
     flat_logprobs: both come as FlatLogprobs, a few lists in place of dicts and objects.
     detokenize: False leaves `text` empty.
     skip_special_tokens, spaces_between_special_tokens: how special tokens are written in the text.
@@ -105,6 +106,8 @@ class SamplingParams:
     logprobs: int | None = None
     logprob_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
+    prompt_logprob_token_ids: list[list[int]] | None = None
+    prompt_logprob_start: int | None = None
     flat_logprobs: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -168,6 +171,13 @@ class SamplingParams:
                     f"logprobs ({self.logprobs}) must be the number of logprob_token_ids ({number}); leave it out"
                 )
             self.logprobs = number
+        self.prompt_logprob_token_ids = _rows_of_token_ids(self.prompt_logprob_token_ids)
+        if self.prompt_logprob_start is not None:
+            check_int("prompt_logprob_start", self.prompt_logprob_start, 0)
+            if self.prompt_logprob_token_ids is None:
+                raise ValueError("prompt_logprob_start needs prompt_logprob_token_ids")
+        if self.prompt_logprob_token_ids is not None and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprob_token_ids and prompt_logprobs cannot be combined; send two requests")
         self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids) or []
         self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
         if self.allowed_token_ids == []:
@@ -223,7 +233,12 @@ class SamplingParams:
     @property
     def reads_prefix_cache(self) -> bool:
         """Whether what is cached of the prompt need not be computed: its logprobs need all of it."""
-        return not self.skip_reading_prefix_cache and self.prompt_logprobs is None
+        return not self.skip_reading_prefix_cache and self.num_prompt_logprobs is None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Logprobs wanted at each place of the prompt, beside that of its own token; −1: all, None: not even that."""
+        return len(self.prompt_logprob_token_ids[0]) if self.prompt_logprob_token_ids else self.prompt_logprobs
 
     @property
     def can_be_drafted(self) -> bool:
@@ -242,6 +257,23 @@ def _token_ids(name: str, value: Any) -> list[int] | None:
     for token_id in value:
         check_int(name, token_id, 0)
     return list(value)
+
+
+def _rows_of_token_ids(value: Any) -> list[list[int]] | None:
+    """The rows as long as the longest of them."""
+    name = "prompt_logprob_token_ids"
+    if value is None:
+        return None
+    rows = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in rows):
+        raise ValueError(f"{name} must be lists of token ids, one for each place, or a 2-dimensional array of integers")
+    for row in rows:
+        for token_id in row:
+            check_int(name, token_id, -1)
+    longest = max(map(len, rows), default=0)
+    if not longest:
+        raise ValueError(f"{name} has no token ids; leave it out")
+    return [[*row, *[-1] * (longest - len(row))] for row in rows]
 
 
 def _texts(name: str, value: Any) -> list[str]:

@@ -78,9 +78,11 @@ def test_same_outputs_as_llm(tiny, llm, kind):
 
 def test_packing():
     with_all = merge(
-        [unpack(("id", True, 3, [(0, "text", [1], -0.5, None, "stop", 7)], (1.0, 2, 3, 4, 5), None), "p", [9])]
+        [unpack(("id", True, 3, [(0, "text", [1], -0.5, None, "stop", 7)], (1.0, 2, 3, 4, 5), (None, [[2]])), "p", [9])]
     )
-    assert unpack(pack(with_all), "p", [9]) == with_all and with_all.metrics.num_preemptions == 5
+    again = unpack(pack(with_all), "p", [9])
+    assert again == with_all and with_all.metrics.num_preemptions == 5
+    assert again.prompt_token_id_logprobs == [[2]]  # which == leaves out, since they are an array
 
 
 def test_a_reader_that_falls_behind_gets_all(llm):

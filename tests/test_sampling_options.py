@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_VOCAB
@@ -319,6 +320,40 @@ def test_logprobs_of_named_tokens(engine, tiny, hugging_face):
                 assert token_id == token or found.rank is None
     assert sorted(found.rank for found in outputs[0].prompt_logprobs[1].values())[0] == 1
     assert {*map(len, outputs[3].outputs[0].logprobs)} == {2} and outputs[4].outputs[0].logprobs is None
+
+
+def test_logprobs_of_tokens_named_for_each_place_of_a_prompt(engine, tiny, hugging_face):
+    """Beside prompts whose logprobs are wanted otherwise, or not; in chunks and after preemption too."""
+    model = hugging_face(tiny("gqa-tied"))
+    rows = [[[(3 * i + j) % TINY_VOCAB for j in range(1 + i % 3)] for i in range(len(p) - 1)] for p in PROMPTS]
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, prompt_logprob_token_ids=rows[0]),
+        SamplingParams(temperature=1, seed=1, n=2, max_tokens=12, prompt_logprob_token_ids=rows[1]),
+        SamplingParams(temperature=0, max_tokens=12, prompt_logprobs=2),
+        SamplingParams(temperature=0, max_tokens=12),
+    ]
+    start = 3
+    prompts = [*PROMPTS[:2], PROMPTS[1], PROMPTS[0], PROMPTS[1]]
+    params.append(
+        SamplingParams(max_tokens=1, prompt_logprob_token_ids=np.array([[5]] * (len(PROMPTS[1]) - 1 - start)),
+                       prompt_logprob_start=start)
+    )  # fmt: skip
+    outputs = engine.generate(prompts, params, use_tqdm=False)
+    assert outputs[2].prompt_logprobs and outputs[2].prompt_token_id_logprobs is outputs[3].prompt_logprobs is None
+    for prompt, asked, output in zip(prompts, params, outputs, strict=True):
+        if (named := asked.prompt_logprob_token_ids) is None:
+            continue
+        assert output.prompt_logprobs is None and output.prompt_token_id_logprobs.dtype == np.float32
+        expected = logits_after(model, prompt)[asked.prompt_logprob_start or 0 : -1].log_softmax(-1)
+        for row, ids, found in zip(expected, named, output.prompt_token_id_logprobs, strict=True):
+            assert found == pytest.approx([row[i].item() if i >= 0 else -math.inf for i in ids], abs=1e-4)
+    for wrong, message in (
+        (dict(prompt_logprob_token_ids=[[1]] * len(PROMPTS[0])), "rows; the prompt has"),
+        (dict(prompt_logprob_token_ids=[[TINY_VOCAB]] * (len(PROMPTS[0]) - 1)), "is outside the vocabulary"),
+        (dict(prompt_logprob_token_ids=[[1] * 21] * (len(PROMPTS[0]) - 1)), "more than max_logprobs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.generate(PROMPTS[0], SamplingParams(**wrong), use_tqdm=False)
 
 
 @pytest.mark.parametrize(

@@ -90,21 +90,31 @@ class Engine:
             "allowed_token_ids": params.allowed_token_ids or [],
             "logit_bias": list(params.logit_bias or ()),
             "logprob_token_ids": params.logprob_token_ids or [],
+            "prompt_logprob_token_ids": [max(0, *row) for row in params.prompt_logprob_token_ids or ()],
         }
         for name, ids in ids_by_name.items():
             if min(ids, default=0) < 0 or max(ids, default=0) >= vocab_size:
                 bad = next(i for i in ids if not 0 <= i < vocab_size)
                 raise ValueError(f"{name}: token id {bad} is outside the vocabulary of {vocab_size} tokens")
-        for name in ("logprobs", "prompt_logprobs"):
-            number = getattr(params, name)
+        numbers = {
+            "logprobs": params.logprobs if params.logprob_token_ids is None else None,  # these have their own limit
+            "prompt_logprobs": params.prompt_logprobs,
+            "prompt_logprob_token_ids": params.num_prompt_logprobs if params.prompt_logprob_token_ids else None,
+        }
+        for name, number in numbers.items():
             most = self.config.max_logprobs
-            if name == "logprobs" and params.logprob_token_ids is not None:
-                continue  # they have a limit of their own
             if number is not None and number > vocab_size:
                 raise ValueError(f"{name} asks for {number}, and the vocabulary has {vocab_size} tokens")
             if number is not None and most >= 0 and (number > most or number == -1):
                 asked = "all (-1)" if number == -1 else number
                 raise ValueError(f"{name} asks for {asked}, more than max_logprobs ({most}); raise that (-1: no limit)")
+        if params.prompt_logprob_token_ids is not None:
+            num_rows, num_places = len(params.prompt_logprob_token_ids), len(prompt_token_ids) - 1
+            if num_rows != num_places - (params.prompt_logprob_start or 0):
+                raise ValueError(
+                    f"prompt_logprob_token_ids has {num_rows} rows; the prompt has {num_places} tokens after its "
+                    f"first one, of which prompt_logprob_start ({params.prompt_logprob_start or 0}) are left out"
+                )
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self.tokenizer is None:
                 raise ValueError(f"{name} needs a tokenizer; leave skip_tokenizer_init=True out")
@@ -124,9 +134,9 @@ class Engine:
         for index, own_id in enumerate(own_ids):
             self._num_requests += 1
             own = params
-            if index > 0 and params.prompt_logprobs is not None:  # once is enough
+            if index > 0 and params.num_prompt_logprobs is not None:  # once is enough
                 own = copy.copy(params)
-                own.prompt_logprobs = None
+                own.prompt_logprobs = own.prompt_logprob_token_ids = None
             requests.append(
                 Request(
                     own_id,

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from minivllm.engine.batch import TokenLogprobs
 from minivllm.engine.detokenizer import Detokenizer, decoder
 from minivllm.engine.request import Request
@@ -95,13 +97,17 @@ class OutputProcessor:
     def _output(self, group: Group, samples: list[Sample]) -> RequestOutput:
         first = group.samples[0].request
         prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
-        if first.params.prompt_logprobs is not None and not group.reported_prompt_logprobs:
+        scores = None
+        if first.params.num_prompt_logprobs is not None and not group.reported_prompt_logprobs:
             # Of the parts of an output, the first one has them: all are known once a token has been sampled.
             group.reported_prompt_logprobs = group.params.output_kind == RequestOutputKind.DELTA
-            ids = first.token_ids[1 : 1 + len(first.prompt_logprobs)]
-            prompt_logprobs = FlatLogprobs() if first.params.flat_logprobs else []
-            prompt_logprobs.append(None)
-            prompt_logprobs.extend(map(self._logprobs, ids, first.prompt_logprobs))
+            if first.params.prompt_logprobs is None:
+                scores = _scores(first)
+            else:
+                ids = first.token_ids[1 : 1 + len(first.prompt_logprobs)]
+                prompt_logprobs = FlatLogprobs() if first.params.flat_logprobs else []
+                prompt_logprobs.append(None)
+                prompt_logprobs.extend(map(self._logprobs, ids, first.prompt_logprobs))
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
@@ -111,6 +117,7 @@ class OutputProcessor:
             metrics=first.metrics,
             num_cached_tokens=first.num_cached_tokens,
             prompt_logprobs=prompt_logprobs,
+            prompt_token_id_logprobs=scores,
         )
 
     def _completion(self, sample: Sample) -> CompletionOutput:
@@ -170,6 +177,16 @@ class OutputProcessor:
         if token_id not in self._token_texts:
             self._token_texts[token_id] = self._decode([token_id])
         return self._token_texts[token_id]
+
+
+def _scores(request: Request) -> np.ndarray | None:
+    """Logprobs of prompt_logprob_token_ids; None if the request has ended before all were known."""
+    token_ids = np.array(request.params.prompt_logprob_token_ids)
+    entries = request.prompt_logprobs[request.params.prompt_logprob_start or 0 :]
+    if len(entries) < len(token_ids):
+        return None
+    scores = np.array([entry.top_logprobs for entry in entries], np.float32)
+    return np.where(token_ids < 0, np.float32("-inf"), scores)
 
 
 def _is_to_wait(sample: Sample) -> bool:

@@ -149,7 +149,7 @@ class Scheduler:
                 batch.sampled_rows.append(row)
                 sampled.append(request)
             num_before = request.num_computed_tokens - num_new
-            if request.params.prompt_logprobs is not None and num_before + 1 < request.num_prompt_tokens:
+            if request.params.num_prompt_logprobs is not None and num_before + 1 < request.num_prompt_tokens:
                 batch.prompt_logprobs_rows.append(row)
                 asking.append((request, num_before))
         drafts = [] if prefills else self._draft(batch, [request for request, _ in decodes], budget)

@@ -81,6 +81,16 @@ def prompt_targets(state: Slots, batch: ScheduledBatch, row: int) -> np.ndarray:
     return state.token_ids[batch.slots[row]][begin:end]
 
 
+def named_targets(state: Slots, batch: ScheduledBatch, row: int) -> list[list[int] | None]:
+    """For each of `prompt_targets`: the token ids that the request names there, if it does."""
+    first, rows = state.prompt_rows[batch.slots[row]]
+    if not rows:
+        return []
+    begin = batch.num_computed[row] - first
+    places = range(begin, begin + len(prompt_targets(state, batch, row)))
+    return [[max(token_id, 0) for token_id in rows[i]] if 0 <= i < len(rows) else None for i in places]
+
+
 def query_tiles(num_scheduled: np.ndarray, num_decodes: int) -> np.ndarray:
     """[tiles, 2] int32: the row and first query of every tile of prefill attention; in a row, the last tile first."""
     num_tiles = -(-num_scheduled // QUERY_TILE)

@@ -24,7 +24,7 @@ from minivllm.runner.drafts import expand, keep_last_accepted, put_drafts
 from minivllm.runner.forward_batch import ForwardBatch
 from minivllm.runner.logits import needs_processing, process_logits, to_device, token_logprobs
 from minivllm.runner.memory import allocate_kv_cache, kv_cache_blocks
-from minivllm.runner.mixed_arrays import mixed_arrays, padded_size, prompt_targets
+from minivllm.runner.mixed_arrays import mixed_arrays, named_targets, padded_size, prompt_targets
 from minivllm.runner.pending_step import PendingStep, Sampled
 from minivllm.runner.sampler import SamplingInputs, sample, sampling_arrays, sampling_inputs
 from minivllm.runner.slots import Slots
@@ -260,11 +260,12 @@ class ModelRunner:
         for row in batch.prompt_logprobs_rows:
             num_top = int(self.slots.num_prompt_logprobs[batch.slots[row]])
             result.prompt_logprobs.append([])
+            named = named_targets(self.slots, batch, row)
             for part in to_device(prompt_targets(self.slots, batch, row), self.device).split(MAX_LOGITS_ROWS):
                 end = begin + len(part)
                 logits = self._gather(self.model.compute_logits(hidden[begin:end]))
-                result.prompt_logprobs[-1].append(token_logprobs(logits, part, num_top))
-                begin = end
+                result.prompt_logprobs[-1].append(token_logprobs(logits, part, num_top, named[: len(part)]))
+                begin, named = end, named[len(part) :]
         return result
 
     def _mixed(self, tensors: Tensors, host: Arrays | None = None) -> tuple[torch.Tensor]:

@@ -40,6 +40,7 @@ class Slots:
         self.num_logprobs = np.full(n, -1, np.int32)  # −1: none asked for
         self.num_prompt_logprobs = np.full(n, -1, np.int32)
         self.logprob_token_ids: list[list[int] | None] = [None] * n
+        self.prompt_rows: list[tuple[int, list[list[int]]]] = [(0, [])] * n  # the first place, the token ids of each
 
     def apply(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray]:
         """Take in what `batch` says is new.  Returns the changes to `block_table`: flat indices (int64), values
@@ -65,8 +66,9 @@ class Slots:
             asks = params.allowed_token_ids is not None or bool(params.logit_bias)
             self.processes[slot] = params.truncates or self.remembers[slot] or asks
             self.logprob_token_ids[slot] = params.logprob_token_ids
+            self.prompt_rows[slot] = params.prompt_logprob_start or 0, params.prompt_logprob_token_ids or []
             for counts, asked in (
-                (self.num_logprobs, params.logprobs), (self.num_prompt_logprobs, params.prompt_logprobs),
+                (self.num_logprobs, params.logprobs), (self.num_prompt_logprobs, params.num_prompt_logprobs),
             ):  # fmt: skip
                 counts[slot] = -1 if asked is None else self.vocab_size if asked == -1 else asked
         indices: list[int] = []
