@@ -83,6 +83,8 @@ def test_packing():
     again = unpack(pack(with_all), "p", [9])
     assert again == with_all and with_all.metrics.num_preemptions == 5
     assert again.prompt_token_id_logprobs == [[2]]  # which == leaves out, since they are an array
+    later = unpack(("id", True, 3, [], (1.0, 2, 3, 4, 5), (None, None)), "p", [9])
+    assert merge([again, later]).prompt_token_id_logprobs == [[2]]
 
 
 def test_a_reader_that_falls_behind_gets_all(llm):

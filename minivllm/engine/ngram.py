@@ -69,12 +69,10 @@ class NgramDrafter:
     def watch(self, token_ids: list[int]) -> None:
         """To be called when a token has come, with all of the request's."""
         came = token_ids[self._num_before :]
-        num_right = 0
-        while num_right < min(len(came), len(self._draft)) and came[num_right] == self._draft[num_right]:
-            num_right += 1
-        if num_right == len(came):
+        right = num_right(self._draft, came)
+        if right == len(came):
             return  # the step's last token is still to come
-        self.expected = DECAY * self.expected + (1 - DECAY) * num_right
+        self.expected = DECAY * self.expected + (1 - DECAY) * right
         self._num_before = len(token_ids)
         self._draft = self.propose(token_ids, self._config.num_speculative_tokens)
 
@@ -101,9 +99,14 @@ def pay(expected: float, num_requests: int) -> bool:
     return expected > 0 and expected >= (WORTH + MORE_WORTH_A_REQUEST * num_requests) * num_requests
 
 
+def num_right(drafted: list[int], sampled: list[int]) -> int:
+    """How many of the drafted tokens, from the first on, are what was sampled."""
+    count = 0
+    while count < min(len(drafted), len(sampled)) and drafted[count] == sampled[count]:
+        count += 1
+    return count
+
+
 def accepted(drafted: list[int], sampled: list[int]) -> list[int]:
     """The right ones of the tokens sampled: the first, and each as long as the one before it had been drafted."""
-    count = 1
-    while count <= len(drafted) and drafted[count - 1] == sampled[count - 1]:
-        count += 1
-    return sampled[:count]
+    return sampled[: num_right(drafted, sampled) + 1]

@@ -170,7 +170,7 @@ class Scheduler:
             num_known = len(request.prompt_logprobs)  # more than num_before if it was preempted since
             request.prompt_logprobs.extend(entries[num_known - num_before :])
         more = self._accept(result, sampled, drafts)
-        has_room_for_drafts = len(self.running) < self.max_draft_rows
+        watches_drafters = self._room_for_drafts > 0
         progressed = []
         all_logprobs: list[TokenLogprobs | None] = result.logprobs or [None] * len(sampled)
         for request, token, logprobs in zip(sampled, result.tokens, all_logprobs, strict=True):
@@ -182,7 +182,7 @@ class Scheduler:
             metrics.last_token_time = now
             for own in (token, *more.get(request, ())):
                 request.token_ids.append(own)
-                if request.drafter is not None and has_room_for_drafts:
+                if request.drafter is not None and watches_drafters:
                     request.drafter.watch(request.token_ids)
                 self.stats.num_generated_tokens += 1
                 if logprobs is not None:
@@ -292,24 +292,30 @@ class Scheduler:
         in_flight = any(drafts for _, _, drafts in self._in_flight)
         return self.num_needing_tokens > 0 or in_flight or self._drafts_pay()
 
+    @property
+    def _room_for_drafts(self) -> int:
+        """Draft tokens that a step of all running requests may have; 0 or less: none."""
+        return self.max_draft_rows - len(self.running)
+
     def _drafts_pay(self) -> bool:
         """All running requests wait for the drafts of a few, which must be worth that to all."""
-        room = self.max_draft_rows - len(self.running)
-        if room <= 0:
+        if self._room_for_drafts <= 0:
             return False
         expected = sum(request.drafter.expected for request in self.running if request.drafter is not None)
-        return pay(min(expected, room), len(self.running))
+        return pay(min(expected, self._room_for_drafts), len(self.running))
 
     def _draft(self, batch: ScheduledBatch, decodes: list[Request], budget: int) -> list[Draft]:
         """Add drafts to a step of decodes: an equal share of the room for each request that may have one."""
-        room = min(budget, self.max_draft_rows - len(decodes))
         drafts: list[Draft] = []
+        if not self._drafts_pay():
+            return drafts
+        room = min(budget, self.max_draft_rows - len(decodes))
         places = [
             (row, request, request.drafter)
             for row, request in enumerate(decodes)
             if request.drafter is not None and not request.num_in_flight
         ]
-        if room <= 0 or not places or not self._drafts_pay():
+        if room <= 0 or not places:
             return drafts
         first = self.stats.num_steps % len(places)  # takes turns where there is no room for all
         for i, (row, request, drafter) in enumerate(places[first:] + places[:first]):

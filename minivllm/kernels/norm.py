@@ -74,7 +74,7 @@ def _launch(
 ) -> torch.Tensor:
     rows, size = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    ranks, exchange = (1, (weight, weight, weight, 0))
+    ranks, exchange = 1, (weight, weight, weight, 0)  # no exchange
     if isinstance(addends, Inbox):
         ranks, exchange, addends = addends.size, addends.arguments, None
     given = x[None] if addends is None else addends

@@ -12,7 +12,7 @@ from minivllm.backends.base import KVCache
 from minivllm.layers.linear import Linear, MergedLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import ALONE, RowShare, Summand, TensorParallel
+from minivllm.parallel import ALONE, Rows, Summand, TensorParallel
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
@@ -51,12 +51,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor | RowShare,
+        x: Rows,
         cos_sin: torch.Tensor,
         kv_cache: KVCache,
         batch: ForwardBatch,
         wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor | RowShare | Summand:
+    ) -> Rows | Summand:
         """x: [tokens, hidden] -> [tokens, hidden], or [S, hidden] for the tokens `wanted` [S] alone."""
         qkv = self.qkv_proj(x)
         norms = None

@@ -13,7 +13,7 @@ from torch import nn
 from minivllm.backends import Backend
 from minivllm.backends.base import quantize_rows
 from minivllm.layers.linear import Linear
-from minivllm.parallel import RowShare
+from minivllm.parallel import Rows, RowShare
 
 MAX_ROWS = 4096  # of a weight that are quantized at once: what that takes beside the weight stays small
 
@@ -32,7 +32,7 @@ class Fp8Linear(nn.Module):
             rows = slice(start, start + MAX_ROWS)
             self.weight[rows], self.scale[rows] = quantize_rows(original[rows])
 
-    def forward(self, x: torch.Tensor | RowShare) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """x: [tokens, in] -> [tokens, out]."""
         if isinstance(x, RowShare):
             return x.product(lambda part, out: out.copy_(self.forward(part)), self.weight.shape[0])

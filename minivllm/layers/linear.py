@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minivllm.backends import Backend
-from minivllm.parallel import WHOLE, Index, Parts, RowShare, Share
+from minivllm.parallel import WHOLE, Index, Parts, Rows, RowShare, Share
 
 Target = torch.Tensor | Parts
 ALL = slice(None)
@@ -41,7 +41,7 @@ class Linear(nn.Module):
         if bias and in_share.index == 0:
             self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype, device=device), requires_grad=False)
 
-    def forward(self, x: torch.Tensor | RowShare) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """x: [tokens, in] -> [tokens, out]."""
         if isinstance(x, RowShare):
             return x.product(

@@ -6,9 +6,7 @@ import torch
 from torch import nn
 
 from minivllm.backends import Backend
-from minivllm.parallel import RowShare, Summand
-
-Rows = torch.Tensor | RowShare
+from minivllm.parallel import Rows, RowShare, Summand
 
 
 class RMSNorm(nn.Module):

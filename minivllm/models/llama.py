@@ -13,13 +13,10 @@ from minivllm.backends import Backend
 from minivllm.backends.base import KVCache
 from minivllm.layers import Attention, Embedding, Linear, LMHead, MergedLinear, RMSNorm, Target, rope_table
 from minivllm.model_config import ModelConfig
-from minivllm.parallel import ALONE, RowShare, Summand, TensorParallel
+from minivllm.parallel import ALONE, Rows, Summand, TensorParallel
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
-
-
-Rows = torch.Tensor | RowShare
 
 
 class LlamaMLP(nn.Module):

@@ -12,7 +12,7 @@ has drawn from its logits.  In steps of more tokens than graphs have, workers sh
 more than a draw, it is NCCL, or gloo on CPUs.
 """
 
-from minivllm.parallel.row_shares import RowExchange, RowShare
+from minivllm.parallel.row_shares import RowExchange, Rows, RowShare
 from minivllm.parallel.shared_tensors import see_each_other
 from minivllm.parallel.tensor_parallel import (
     ALONE,
@@ -34,6 +34,7 @@ __all__ = [
     "Parts",
     "RowExchange",
     "RowShare",
+    "Rows",
     "Share",
     "Summand",
     "TensorParallel",

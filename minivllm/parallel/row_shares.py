@@ -61,6 +61,9 @@ class RowShare:
         return found
 
 
+Rows = torch.Tensor | RowShare  # of a step: all of them, or this worker's
+
+
 class RowExchange:
     """What workers need to share rows out in steps of more than `more_than` and at most `max_rows` rows of `width`
     elements.  All must make it."""

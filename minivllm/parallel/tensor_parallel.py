@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from minivllm.backends.base import SPLIT_SIZE
-from minivllm.parallel.row_shares import RowExchange, RowShare
+from minivllm.parallel.row_shares import RowExchange, Rows
 from minivllm.parallel.shared_tensors import SharedTensors, all_ready
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TensorParallel:
         unit = 1 if self.draws is None else SPLIT_SIZE  # of which sampling takes whole ones
         return -(-vocab_size // (unit * self.size)) * unit
 
-    def sum(self, linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor | Summand | RowShare:
+    def sum(self, linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Rows | Summand:
         """The workers' linear(x), rows of which do not depend on others, added up, or left to the norm that comes
         next."""
         if self.size == 1:
