@@ -3,6 +3,7 @@ there before, or side by side on a GPU, if they are the same kernel (or one woul
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,9 @@ def test_sums_of_more_rows_than_an_inbox_has_are_added_up_at_once(monkeypatch):
     assert torch.equal(summand.value, 2 * few) and summand.addends is inbox and not added
     assert tp.sum(double, many) is added[0] and torch.equal(added[0], 2 * many)
     assert torch.equal(TensorParallel().sum(double, many), 2 * many) and len(added) == 1
+    rows = SimpleNamespace(more_than=4, sum=lambda linear, x: ("shared out", linear(x)))
+    tp = TensorParallel(0, 2, inbox, None, rows)
+    assert tp.sum(double, few).addends is inbox and tp.sum(double, many)[0] == "shared out" and len(added) == 1
 
 
 @pytest.mark.filterwarnings("ignore:(divide by zero|invalid value)")  # of the interpreter
