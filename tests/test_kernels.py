@@ -85,6 +85,7 @@ DECODE_LENGTHS = [1, 2, 63, 64, 65, 128, 200, 17]
         (2, 2, 256, 128),
         (9, 3, 64, 64),
         (4, 2, 20, 16),
+        (10, 10, 32, 64),  # more KV heads than the interpreter has workers
     ],
 )
 def test_decode(heads, kv_heads, head_dim, block_size, dtype, cache):

@@ -51,6 +51,7 @@ def test_warm_up_runs(monkeypatch, changes):
         "_decode",
         "_reduce",
         "_plan",
+        "_plan_settled",
         "_sample_split",
         "_sample_pick",
         "_truncate",

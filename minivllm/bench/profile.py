@@ -30,7 +30,7 @@ GROUPS = {  # the first of these words in a kernel's name says what it belongs t
     "_prefill_": "attention",
     "_decode_kernel": "attention",
     "_reduce_kernel": "attention",
-    "_plan_kernel": "attention",
+    "_plan_": "attention",
     "rope": "RoPE and KV write",
     "norm": "norms",
     "silu": "activation",

@@ -1,18 +1,20 @@
 """Paged decode attention: one query token a row against its paged K and V, split over the whole GPU (Flash-Decoding).
 
-Work is counted in tiles of 64 tokens of one (row, KV head).  All tiles of the batch form one line, ordered by head,
-then row, then position, and every worker takes an equal stretch of it (the split of Stream-K, Osama et al. 2023):
+Work is counted in tiles of 64 tokens.  All tiles of the batch form one line, by row and position, which is cut into
+equal pieces (the split of Stream-K, Osama et al. 2023); a worker takes one piece for one KV head:
 
-    head 0: row 0     row 1             row 2       …   head 1: row 0
-    |t0 t1 t2 t3 t4   |t0 t1 t2 t3 t4   |t0 …
-    |---- worker 0 ------|---- worker 1 ------|---- …
+    row 0          row 1             row 2       …
+    |t0 t1 t2 t3 t4|t0 t1 t2 t3 t4 t5|t0 t1 …
+    |---- piece 0 ------|---- piece 1 ------|---- …     × KV heads
+
+The workers of a piece run side by side over the same tokens, and what they read lies side by side in memory too: the
+heads of a token.  (Cut into stretches of one head after the other, the same loads took 2% longer on an H100.)
 
 The grid is a fixed multiple of the multiprocessors, so a captured CUDA graph stays right, and balanced, whatever the
-lengths become.  `plan_paged_decode` lists the tiles of one head once a step, on the device, for all layers and heads.
-A worker runs one loop over its stretch, across rows, so that the loads of the next row are in flight while this one
-ends: short rows would otherwise leave the memory idle between them.  It writes the output of each (row, head) that lies
-within its stretch; of the two at its ends it leaves partial results (sum, maximum, normaliser), which a second, small
-kernel adds up.
+lengths become.  `plan_paged_decode` lists the tiles once a step, on the device, for all layers and heads.  A worker
+runs one loop over its piece, across rows, so that the loads of the next row are in flight while this one ends: short
+rows would otherwise leave the memory idle between them.  It writes the output of each row that lies within its piece;
+of the two at its ends it leaves partial results (sum, maximum, normaliser), which a second, small kernel adds up.
 
 The query heads that share a KV head are the rows of `tl.dot`, padded to 16 (also for MHA: faster than `tl.sum`).  The
 softmax scale is applied here and nowhere else, folded with log2(e) into `exp2`.
@@ -70,9 +72,15 @@ def _plan_kernel(
 
 
 @triton.jit
-def _share(num_workers, num_tiles):
-    """Tiles that a worker takes.  Rounded up: rows of equal length are then often cut at their ends."""
-    return tl.maximum(tl.cdiv(num_tiles, num_workers), 1)
+def _plan_settled_kernel(PDL: tl.constexpr):
+    """Nothing, but between the plan and its readers: they may read it before they wait, for it has ended by then."""
+    wait_for_inputs(PDL)
+
+
+@triton.jit
+def _share(num_pieces, num_tiles):
+    """Tiles of a piece.  Rounded up: rows of equal length are then often cut at their ends."""
+    return tl.maximum(tl.cdiv(num_tiles, num_pieces), 1)
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -84,16 +92,13 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SOFTCAP: tl.constexpr, DOT_TYPE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(PDL)
-    worker = tl.program_id(0)
+    head = tl.program_id(0)
+    piece = tl.program_id(1)
     num_tiles = tl.load(total)
-    if num_tiles == 0:
-        return
-    share = _share(tl.num_programs(0), num_tiles * HEADS)
-    start = worker * share
-    count = tl.minimum(share, num_tiles * HEADS - start)
-    head = start // num_tiles
-    i = start % num_tiles
+    share = _share(tl.num_programs(1), num_tiles)
+    i = piece * share
+    count = tl.minimum(share, num_tiles - i)
+    wait_for_inputs(PDL)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
@@ -132,7 +137,7 @@ def _decode_kernel(
         if SOFTCAP:
             scores = softcap(scores, cap_log2e)
         scores = tl.where(valid[None, :], scores, float("-inf"))
-        m = tl.where(t == 0, float("-inf"), m)  # a new (row, head)
+        m = tl.where(t == 0, float("-inf"), m)  # a new row
         m_new = tl.maximum(m, tl.max(scores, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # an empty row: no NaN
         p = tl.exp2(scores - m_safe[:, None])
@@ -142,19 +147,16 @@ def _decode_kernel(
         acc = tl.where(t == 0, 0.0, acc * alpha[:, None])
         acc = tl.dot(p.to(DOT_TYPE), v, acc, input_precision="ieee")
         m = m_new
-        if (left <= TILE) & (t <= j):  # it ends here, and began in this stretch
+        if (left <= TILE) & (t <= j):  # the row ends here, and began in this piece
             result = acc / tl.where(l == 0.0, 1.0, l)[:, None]
             o = out + row * stride_ot + q_heads[:, None] * stride_oh + offs_d[None, :]
             tl.store(o, result.to(out.dtype.element_ty), mask_md)
         elif (left <= TILE) | (j == count - 1):
-            piece = (worker * 2 + (t <= j).to(tl.int32)) * GROUP + offs_m
-            tl.store(partial + piece[:, None].to(tl.int64) * HEAD_DIM + offs_d[None, :], acc, mask_md)
-            tl.store(partial_ml + piece * 2, m, offs_m < GROUP)
-            tl.store(partial_ml + piece * 2 + 1, l, offs_m < GROUP)
+            spot = ((piece * HEADS + head) * 2 + (t <= j).to(tl.int32)) * GROUP + offs_m
+            tl.store(partial + spot[:, None].to(tl.int64) * HEAD_DIM + offs_d[None, :], acc, mask_md)
+            tl.store(partial_ml + spot * 2, m, offs_m < GROUP)
+            tl.store(partial_ml + spot * 2 + 1, l, offs_m < GROUP)
         i += 1
-        wrap = i == num_tiles
-        i = tl.where(wrap, 0, i)
-        head += wrap.to(tl.int32)
 
 
 @triton.jit
@@ -163,42 +165,43 @@ def _reduce_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     PIECES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add up the pieces of the (row, head) that this worker began and left to others to finish, if there is one."""
-    worker = tl.program_id(0)
+    """Add up the results of the row that began in a piece and went on in others, if any, for one query head."""
+    head = tl.program_id(0)
+    piece = tl.program_id(1)
+    member = tl.program_id(2)
     num_tiles = tl.load(total)
-    share = _share(tl.num_programs(0), num_tiles * HEADS)
-    final = (worker + 1) * share - 1  # the worker's last tile
-    i = final % tl.maximum(num_tiles, 1)
-    row = tl.load(tiles + i * 4).to(tl.int64)
-    t = tl.load(tiles + i * 4 + 1)
-    left = tl.load(tiles + i * 4 + 3)
+    share = _share(tl.num_programs(1), num_tiles)
+    final = (piece + 1) * share - 1  # the piece's last tile
+    in_line = final < num_tiles
+    row = tl.load(tiles + final * 4, in_line, 0).to(tl.int64)
+    t = tl.load(tiles + final * 4 + 1, in_line, 0)
+    left = tl.load(tiles + final * 4 + 3, in_line, 0)
     wait_for_inputs(PDL)
-    if (final >= num_tiles * HEADS) | (left <= TILE) | (t >= share):
+    if (left <= TILE) | (t >= share):
         return
     last = (final + tl.cdiv(left, TILE) - 1) // share
-    member = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_p = tl.arange(0, PIECES)
     m = tl.full([1], float("-inf"), tl.float32)
     l = tl.zeros([1], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(worker, last + 1, PIECES):
+    for start in range(piece, last + 1, PIECES):
         pieces = start + offs_p
-        place = (pieces * 2 + (pieces == worker).to(tl.int32)) * GROUP + member
+        spot = ((pieces * HEADS + head) * 2 + (pieces == piece).to(tl.int32)) * GROUP + member
         mask = pieces <= last
-        piece_m = tl.load(partial_ml + place * 2, mask, float("-inf"))
-        piece_l = tl.load(partial_ml + place * 2 + 1, mask, 0.0)
-        piece = tl.load(
-            partial + place[:, None].to(tl.int64) * HEAD_DIM + offs_d[None, :],
+        part_m = tl.load(partial_ml + spot * 2, mask, float("-inf"))
+        part_l = tl.load(partial_ml + spot * 2 + 1, mask, 0.0)
+        part = tl.load(
+            partial + spot[:, None].to(tl.int64) * HEAD_DIM + offs_d[None, :],
             mask[:, None] & (offs_d[None, :] < HEAD_DIM), 0.0,
         )  # fmt: skip
-        m_new = tl.maximum(m, tl.max(piece_m, 0))
-        weight = tl.exp2(piece_m - m_new)
+        m_new = tl.maximum(m, tl.max(part_m, 0))
+        weight = tl.exp2(part_m - m_new)
         alpha = tl.exp2(m - m_new)
-        l = l * alpha + tl.sum(piece_l * weight, 0)  # noqa: E741
-        acc = acc * alpha + tl.sum(piece * weight[:, None], 0)
+        l = l * alpha + tl.sum(part_l * weight, 0)  # noqa: E741
+        acc = acc * alpha + tl.sum(part * weight[:, None], 0)
         m = m_new
-    o = out + row * stride_ot + (final // num_tiles * GROUP + member) * stride_oh + offs_d
+    o = out + row * stride_ot + (head * GROUP + member) * stride_oh + offs_d
     tl.store(o, (acc / l).to(out.dtype.element_ty), offs_d < HEAD_DIM)
 
 
@@ -208,8 +211,8 @@ class DecodePlan:
 
     tiles: torch.Tensor  # [tiles, 4] int32: row, number in the row, place in the cache, tokens of the row from here on
     total: torch.Tensor  # [1] int32: number of tiles
-    partial: torch.Tensor  # [workers, 2, group, head_dim] float32
-    partial_ml: torch.Tensor  # [workers, 2, group, 2] float32: maximum (base 2), normaliser
+    partial: torch.Tensor  # [pieces, KV heads, 2, group, head_dim] float32
+    partial_ml: torch.Tensor  # [pieces, KV heads, 2, group, 2] float32: maximum (base 2), normaliser
     window: int  # tokens of a row that are attended to, at its end
 
 
@@ -228,14 +231,14 @@ def plan_paged_decode(
     num_rows, num_heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     device = q.device
-    num_workers = WORKERS_PER_MULTIPROCESSOR * num_multiprocessors(device)
+    num_pieces = max(1, WORKERS_PER_MULTIPROCESSOR * num_multiprocessors(device) // kv_heads)
     group = num_heads // kv_heads
     most_tiles = num_rows * max(1, triton.cdiv(block_tables.shape[1] * block_size, TILE))
     plan = DecodePlan(
         torch.empty(most_tiles, 4, dtype=torch.int32, device=device),
         torch.empty(1, dtype=torch.int32, device=device),
-        torch.empty(num_workers, 2, group, head_dim, dtype=torch.float32, device=device),
-        torch.empty(num_workers, 2, group, 2, dtype=torch.float32, device=device),
+        torch.empty(num_pieces, kv_heads, 2, group, head_dim, dtype=torch.float32, device=device),
+        torch.empty(num_pieces, kv_heads, 2, group, 2, dtype=torch.float32, device=device),
         window,
     )
     _plan_kernel[(num_rows,)](
@@ -243,6 +246,7 @@ def plan_paged_decode(
         TILE=TILE, ROWS=max(512, triton.next_power_of_2(num_rows)), CHUNK=256, num_warps=4,
         **launch_options(device),
     )  # fmt: skip
+    _plan_settled_kernel[(1,)](num_warps=1, **launch_options(device))
     return plan
 
 
@@ -271,7 +275,7 @@ def paged_attention_decode(
         plan = plan_paged_decode(q, k_cache, block_tables, seq_lens)
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    num_workers = plan.partial.shape[0]
+    num_pieces = plan.partial.shape[0]
     options = launch_options(q.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_m = max(16, triton.next_power_of_2(group))
@@ -280,7 +284,7 @@ def paged_attention_decode(
     tile_bytes = (2 * TILE * k_cache.element_size() + block_m * q.element_size()) * block_d
     buffers = num_buffers(q.device, WORKERS_PER_MULTIPROCESSOR * tile_bytes, 20 << 10, most=2)
     stages = 1 + (2 if block_size % TILE == 0 else 3) * buffers
-    _decode_kernel[(num_workers,)](
+    _decode_kernel[(kv_heads, num_pieces)](
         q, k_cache, v_cache, out, block_tables, plan.tiles, plan.total, plan.partial, plan.partial_ml, scale * LOG2E,
         (cap or 0.0) * LOG2E, plan.window, q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
         block_tables.stride(0), out.stride(0), out.stride(1),
@@ -288,7 +292,7 @@ def paged_attention_decode(
         TILE=TILE, STAGES=stages, SOFTCAP=cap is not None, DOT_TYPE=dot_type(q, k_cache), num_warps=NUM_WARPS,
         **options,
     )  # fmt: skip
-    _reduce_kernel[(num_workers, group)](
+    _reduce_kernel[(kv_heads, num_pieces, group)](
         out, plan.tiles, plan.total, plan.partial, plan.partial_ml, out.stride(0), out.stride(1),
         HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, TILE=TILE, PIECES=8, num_warps=1, **options,
     )  # fmt: skip
