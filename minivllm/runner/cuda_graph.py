@@ -18,8 +18,8 @@ Output = tuple[torch.Tensor, ...]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Padded batch sizes: 1, 2, 4, 8, then steps of 8 to 64, then of 32, up to and including max_num_seqs."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(96, max_num_seqs + 1, 32)]
+    """Padded batch sizes: 1, 2, 4, 8, then steps of 8 to 64, of 16 to 256, of 32 up to and including max_num_seqs."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 1, 32)]
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
