@@ -104,12 +104,13 @@ def test_decode_splits(seq_lens, layout):
     """One row cut into many pieces, many rows in one piece, and empty rows: zeros, never NaN."""
     k, v, tables, keys, values = paged(seq_lens, 2, 32, 64, torch.float32, num_columns=20, layout=layout)
     q = torch.randn(len(seq_lens), 4, 32, device=DEVICE)
+    q[::2] *= 30  # no maximum of a row is near that of the next
     out = torch.full_like(q, float("nan"))
     plan = kernels.plan_paged_decode(q, k, tables, int32(seq_lens))
     kernels.paged_attention_decode(q, k, v, tables, int32(seq_lens), 0.3, plan=plan, out=out)
     for i, n in enumerate(seq_lens):
         ref = reference(q[i : i + 1], keys[i], values[i], 0.3)[0] if n else torch.zeros_like(out[i])
-        torch.testing.assert_close(out[i].double(), ref.double(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(out[i].double(), ref.double(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("block_size", [16, 64, 128])

@@ -198,10 +198,10 @@ def test_all_wait_for_the_drafts_of_a_few_only_where_that_pays_all():
     drafting = SimpleNamespace(drafter=SimpleNamespace(expected=4.0), token_ids=[1])
     plain = SimpleNamespace(drafter=None, token_ids=[1])
     scheduler = Scheduler(BlockManager(4, 16, False), 64, 64, [], max_draft_rows=32)
-    for num_others, waits in ((0, True), (7, True), (8, False), (30, False)):
+    for num_others, waits in ((0, True), (11, True), (12, False), (30, False)):
         scheduler.running = [drafting] + [plain] * num_others
         assert scheduler.waits_for_tokens == waits
-    for num_drafting, waits in ((20, True), (21, False), (32, False)):  # room for 12 drafts, for 11, for none
+    for num_drafting, waits in ((21, True), (22, False), (32, False)):  # room for 11 drafts, for 10, for none
         scheduler.running = [drafting] * num_drafting
         assert scheduler.waits_for_tokens == waits
 
@@ -240,7 +240,7 @@ def test_requests_share_the_room_for_drafts():
     assert sorted(drafts_of_a_step(4, 40, found=2).values()) == [2, 2, 2, 2]
     rows = [row for turn in range(4) for row in drafts_of_a_step(4, 2, num_before=turn)]
     assert sorted(rows) == [0, 0, 1, 1, 2, 2, 3, 3], "each has its turn where there is no room for all"
-    assert not drafts_of_a_step(4, 1), "not worth it"
+    assert not drafts_of_a_step(8, 1), "not worth it"
 
 
 def test_accepted():

@@ -17,7 +17,7 @@ from minivllm.validation import check_int, reject_unknown
 DECAY = 0.85  # of the running mean of right tokens, a step
 # Right tokens a step and request that pay for drafts.  All requests wait for them, for the host's part of a step too,
 # and each draft token reads its request's KV cache, so that more must come of them where there are many requests.
-WORTH, MORE_WORTH_A_REQUEST = 0.4, 0.008
+WORTH, MORE_WORTH_A_REQUEST = 0.1, 0.0165
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ equal pieces (the split of Stream-K, Osama et al. 2023); a worker takes one piec
     |---- piece 0 ------|---- piece 1 ------|---- …     × KV heads
 
 The workers of a piece run side by side over the same tokens, and what they read lies side by side in memory too: the
-heads of a token.  (Cut into stretches of one head after the other, the same loads took 2% longer on an H100.)
+heads of a token.  (Stretches of one head after the other, as long, take longer on an H100.)
 
 The grid is a fixed multiple of the multiprocessors, so a captured CUDA graph stays right, and balanced, whatever the
 lengths become.  `plan_paged_decode` lists the tiles once a step, on the device, for all layers and heads.  A worker
