@@ -18,6 +18,7 @@ from minivllm.validation import check_int, reject_unknown
 
 DTYPES = ("auto", *MODEL_DTYPES)
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "pt", "dummy")
+MAX_DRAFT_ROWS, MAX_DRAFT_ROWS_ON_CPU = 64, 16  # on a GPU, rows up to there cost next to nothing
 
 # vLLM arguments that change nothing here: accepted so that scripts run, each with the reason that a warning gives once.
 NO_MEANING_HERE = {
@@ -161,6 +162,13 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running request computes a token a step"
             )
+
+    @property
+    def max_draft_rows(self) -> int:
+        """Of a resolved config: rows of a step that computes drafts, these included; 0: nothing is drafted."""
+        if self.speculative_config is None:
+            return 0
+        return MAX_DRAFT_ROWS if self.device.startswith("cuda") else MAX_DRAFT_ROWS_ON_CPU
 
     def resolve(self, model: ModelConfig, device: str) -> EngineConfig:
         """A copy in which everything that `model` and `device` ("cuda:0", "cpu") decide is filled in."""

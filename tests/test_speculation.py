@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from minivllm import LLM, SamplingParams
-from minivllm.config import EngineConfig
-from minivllm.engine.batch import MAX_DRAFT_ROWS, StepResult
+from minivllm.config import MAX_DRAFT_ROWS, EngineConfig
+from minivllm.engine.batch import StepResult
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.ngram import NgramConfig, NgramDrafter, accepted, pay
 from minivllm.engine.request import Request

@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from minivllm.engine.grammar import TokenMasks
 from minivllm.sampling_params import LogitsProcessor, SamplingParams
 
-MAX_DRAFT_ROWS = 64  # of a step that computes drafts, these included; on a GPU, rows up to there cost next to nothing
-MAX_DRAFT_ROWS_ON_CPU = 16
-
 
 @dataclass(slots=True)
 class AdmittedRequest:

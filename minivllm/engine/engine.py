@@ -13,7 +13,7 @@ from collections.abc import Iterable, KeysView
 from typing import Any, Protocol
 
 from minivllm.config import EngineConfig
-from minivllm.engine.batch import MAX_DRAFT_ROWS, MAX_DRAFT_ROWS_ON_CPU, ScheduledBatch, StepResult
+from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.grammar import Grammar, GrammarCompiler
 from minivllm.engine.ngram import NgramConfig, NgramDrafter
@@ -58,14 +58,13 @@ class Engine:
             eos_token_ids.add(tokenizer.eos_token_id)
         given = config.speculative_config
         self._ngram = None if given is None else NgramConfig.from_dict(given)
-        most_rows = MAX_DRAFT_ROWS if config.device.startswith("cuda") else MAX_DRAFT_ROWS_ON_CPU
         self.scheduler = Scheduler(
             BlockManager(executor.num_blocks, config.block_size, config.enable_prefix_caching),
             config.max_num_seqs,
             config.max_num_batched_tokens,
             eos_token_ids,
             model_config.longest_window,
-            max_draft_rows=0 if self._ngram is None else most_rows,
+            max_draft_rows=config.max_draft_rows,
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()

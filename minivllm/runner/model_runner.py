@@ -13,7 +13,7 @@ import torch
 
 from minivllm.backends import make_backend
 from minivllm.config import EngineConfig
-from minivllm.engine.batch import MAX_DRAFT_ROWS, AdmittedRequest, ScheduledBatch
+from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
 from minivllm.layers.fp8_linear import quantize_linears
 from minivllm.loading.weights import WeightSource, fill_dummy, load_weights
 from minivllm.model_config import ModelConfig
@@ -82,12 +82,11 @@ class ModelRunner:
             quantize_linears(self.model)
         self.model.finish_loading()
         self.history: torch.Tensor | None = None  # [slots, max_model_len] int32: tokens; made when a request needs it
-        most_drafts = 0 if config.speculative_config is None else MAX_DRAFT_ROWS
-        self.last_token = torch.zeros(num_slots + most_drafts, dtype=torch.int32, device=self.device)
+        self.last_token = torch.zeros(num_slots + config.max_draft_rows, dtype=torch.int32, device=self.device)
         self.block_table = torch.from_numpy(self.slots.block_table).to(self.device)  # on a CPU the very same memory
         self.inputs = StepInputs(32 * self.max_num_tokens + 64 * num_slots * (num_columns + 1) + 4096, self.device)
         # Eager steps pad to the graphs' sizes too: the same kernels on the same shapes give the same bits.
-        self.sizes = graph_sizes(max(config.max_num_seqs, most_drafts)) if on_triton else []
+        self.sizes = graph_sizes(max(config.max_num_seqs, config.max_draft_rows)) if on_triton else []
         self.mixed_sizes = mixed_graph_sizes(self.max_num_tokens) if on_triton else []
         self.first_draft = num_slots  # in last_token, behind the slots
         self._host_tokens = [
