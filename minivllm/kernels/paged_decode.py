@@ -73,7 +73,8 @@ def _plan_kernel(
 
 @triton.jit
 def _plan_settled_kernel(PDL: tl.constexpr):
-    """Nothing, but between the plan and its readers: they may read it before they wait, for it has ended by then."""
+    """Nothing, but between the plan and its readers: they may read it before they wait, for it has ended by then (past
+    the L1, which only a wait is sure to clear)."""
     wait_for_inputs(PDL)
 
 
@@ -94,7 +95,7 @@ def _decode_kernel(
 ):  # fmt: skip
     head = tl.program_id(0)
     piece = tl.program_id(1)
-    num_tiles = tl.load(total)
+    num_tiles = tl.load(total, cache_modifier=".cg")
     share = _share(tl.num_programs(1), num_tiles)
     i = piece * share
     count = tl.minimum(share, num_tiles - i)
@@ -169,13 +170,13 @@ def _reduce_kernel(
     head = tl.program_id(0)
     piece = tl.program_id(1)
     member = tl.program_id(2)
-    num_tiles = tl.load(total)
+    num_tiles = tl.load(total, cache_modifier=".cg")
     share = _share(tl.num_programs(1), num_tiles)
     final = (piece + 1) * share - 1  # the piece's last tile
     in_line = final < num_tiles
-    row = tl.load(tiles + final * 4, in_line, 0).to(tl.int64)
-    t = tl.load(tiles + final * 4 + 1, in_line, 0)
-    left = tl.load(tiles + final * 4 + 3, in_line, 0)
+    row = tl.load(tiles + final * 4, in_line, 0, cache_modifier=".cg").to(tl.int64)
+    t = tl.load(tiles + final * 4 + 1, in_line, 0, cache_modifier=".cg")
+    left = tl.load(tiles + final * 4 + 3, in_line, 0, cache_modifier=".cg")
     wait_for_inputs(PDL)
     if (left <= TILE) | (t >= share):
         return
