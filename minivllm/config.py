@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from minivllm.engine.ngram import NgramConfig
+from minivllm.engine.ngram import NO_DRAFTS, ON_CPU, ON_GPU, DraftLimits, NgramConfig
 from minivllm.model_config import MODEL_DTYPES, ModelConfig
 from minivllm.validation import check_int, reject_unknown
 
 DTYPES = ("auto", *MODEL_DTYPES)
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "pt", "dummy")
-MAX_DRAFT_ROWS, MAX_DRAFT_ROWS_ON_CPU = 64, 16  # on a GPU, rows up to there cost next to nothing
 
 # vLLM arguments that change nothing here: accepted so that scripts run, each with the reason that a warning gives once.
 NO_MEANING_HERE = {
@@ -164,11 +163,11 @@ class EngineConfig:
             )
 
     @property
-    def max_draft_rows(self) -> int:
-        """Of a resolved config: rows of a step that computes drafts, these included; 0: nothing is drafted."""
+    def draft_limits(self) -> DraftLimits:
+        """Of a resolved config."""
         if self.speculative_config is None:
-            return 0
-        return MAX_DRAFT_ROWS if self.device.startswith("cuda") else MAX_DRAFT_ROWS_ON_CPU
+            return NO_DRAFTS
+        return ON_GPU if self.device.startswith("cuda") else ON_CPU
 
     def resolve(self, model: ModelConfig, device: str) -> EngineConfig:
         """A copy in which everything that `model` and `device` ("cuda:0", "cpu") decide is filled in."""

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from minivllm import LLM, SamplingParams
-from minivllm.config import MAX_DRAFT_ROWS, EngineConfig
+from minivllm.config import EngineConfig
 from minivllm.engine.batch import StepResult
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.ngram import NgramConfig, NgramDrafter, accepted, pay
+from minivllm.engine.ngram import ON_CPU, ON_GPU, DraftLimits, NgramConfig, NgramDrafter, accepted
 from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
 
@@ -133,7 +133,7 @@ def test_requests_that_want_more_are_left_alone(make):
 
 def test_many_requests_are_not_drafted_for(make):
     with make(speculative_config=NGRAM) as llm:
-        run(llm, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), [PATTERN * 4] * (MAX_DRAFT_ROWS + 1))
+        run(llm, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), [PATTERN * 4] * (ON_GPU.max_rows + 1))
         assert llm.engine.scheduler.stats.num_drafts == 0
 
 
@@ -183,7 +183,8 @@ def test_it_knows_what_drafts_would_bring_without_any(share):
         right = len(accepted(drafted, tokens[end : end + len(drafted) + 1])) - 1
         mean, end = 0.85 * mean + 0.15 * right, end + right + 1
         assert means[end] == pytest.approx(mean)
-    assert pay(8 * sum(means.values()) / len(means), 8) == (share > 0.5)
+    mean_of_8 = 8 * sum(means.values()) / len(means)
+    assert [limits.pay(mean_of_8, 8) for limits in (ON_GPU, ON_CPU)] == [share > 0.5, share > 0.8]
 
 
 def test_it_may_miss_tokens():
@@ -197,7 +198,7 @@ def test_it_may_miss_tokens():
 def test_all_wait_for_the_drafts_of_a_few_only_where_that_pays_all():
     drafting = SimpleNamespace(drafter=SimpleNamespace(expected=4.0), token_ids=[1])
     plain = SimpleNamespace(drafter=None, token_ids=[1])
-    scheduler = Scheduler(BlockManager(4, 16, False), 64, 64, [], max_draft_rows=32)
+    scheduler = Scheduler(BlockManager(4, 16, False), 64, 64, [], draft_limits=DraftLimits(32, 0.0165))
     for num_others, waits in ((0, True), (11, True), (12, False), (30, False)):
         scheduler.running = [drafting] + [plain] * num_others
         assert scheduler.waits_for_tokens == waits
@@ -223,7 +224,9 @@ class Eager:
 
 def drafts_of_a_step(num_requests, room, found=9, num_before=0):
     """{row: tokens drafted} in a step of decodes."""
-    scheduler = Scheduler(BlockManager(64, 16, False), 16, 64, [], max_draft_rows=num_requests + room)
+    scheduler = Scheduler(
+        BlockManager(64, 16, False), 16, 64, [], draft_limits=DraftLimits(num_requests + room, 0.0165)
+    )
     for i in range(num_requests):
         params = SamplingParams(max_tokens=40)
         scheduler.add(Request(str(i), [1, 2], params, max_num_tokens=42, seed=0, arrival_time=0, drafter=Eager(found)))

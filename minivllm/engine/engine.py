@@ -64,7 +64,7 @@ class Engine:
             config.max_num_batched_tokens,
             eos_token_ids,
             model_config.longest_window,
-            max_draft_rows=config.max_draft_rows,
+            config.draft_limits,
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()

@@ -15,9 +15,6 @@ from typing import Any
 from minivllm.validation import check_int, reject_unknown
 
 DECAY = 0.85  # of the running mean of right tokens, a step
-# Right tokens a step and request that pay for drafts.  All requests wait for them, for the host's part of a step too,
-# and each draft token reads its request's KV cache, so that more must come of them where there are many requests.
-WORTH, MORE_WORTH_A_REQUEST = 0.1, 0.0165
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,24 @@ class NgramConfig:
                 f"speculative_config: prompt_lookup_min ({shortest}) is over prompt_lookup_max ({longest})"
             )
         return cls(given["num_speculative_tokens"], longest, shortest)
+
+
+@dataclass(frozen=True)
+class DraftLimits:
+    """How many drafts there may be, and when they pay, which hangs on the device."""
+
+    max_rows: int  # of a step that computes drafts, these included; 0: nothing is drafted
+    more_worth: float  # right tokens a step and request that must come, for each request besides 0.1
+
+    def pay(self, expected: float, num_requests: int) -> bool:
+        """Whether `expected` right tokens a step, of all requests together, are worth making `num_requests` wait.  All
+        wait for the drafts of each, and for the host's part of a step, so that more must come where there are many."""
+        return expected > 0 and expected >= (0.1 + self.more_worth * num_requests) * num_requests
+
+
+NO_DRAFTS = DraftLimits(0, 0.0)
+ON_GPU = DraftLimits(64, 0.0165)  # rows up to there cost little more than their attention
+ON_CPU = DraftLimits(16, 0.1)
 
 
 class NgramDrafter:
@@ -92,11 +107,6 @@ class NgramDrafter:
                 number = min(most, self._config.num_speculative_tokens)
                 return [token_ids[place + i % period] for i in range(number)]
         return []
-
-
-def pay(expected: float, num_requests: int) -> bool:
-    """Whether `expected` right tokens a step, of all requests together, are worth making `num_requests` wait."""
-    return expected > 0 and expected >= (WORTH + MORE_WORTH_A_REQUEST * num_requests) * num_requests
 
 
 def num_right(drafted: list[int], sampled: list[int]) -> int:

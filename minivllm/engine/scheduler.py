@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
 from minivllm.engine.block_manager import BlockManager
-from minivllm.engine.ngram import accepted, pay
+from minivllm.engine.ngram import NO_DRAFTS, DraftLimits, accepted
 from minivllm.engine.request import Request
 
 RIDING_TOKENS = 1280  # of a step whose prompts only ride along; fewer would leave matrix products short of work
@@ -53,16 +53,15 @@ class Scheduler:
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
         window: int | None = None,
-        max_draft_rows: int = 0,
+        draft_limits: DraftLimits = NO_DRAFTS,
     ) -> None:
-        """`window`: no layer attends to more than so many of the last tokens.  `max_draft_rows`: of a step that
-        computes drafts, these included; 0: nothing is drafted."""
+        """`window`: no layer attends to more than so many of the last tokens."""
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.window = window
-        self.max_draft_rows = max_draft_rows
+        self.draft_limits = draft_limits
         self.requests: dict[str, Request] = {}  # unfinished ones, by id
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
@@ -295,21 +294,21 @@ class Scheduler:
     @property
     def _room_for_drafts(self) -> int:
         """Draft tokens that a step of all running requests may have; 0 or less: none."""
-        return self.max_draft_rows - len(self.running)
+        return self.draft_limits.max_rows - len(self.running)
 
     def _drafts_pay(self) -> bool:
         """All running requests wait for the drafts of a few, which must be worth that to all."""
         if self._room_for_drafts <= 0:
             return False
         expected = sum(request.drafter.expected for request in self.running if request.drafter is not None)
-        return pay(min(expected, self._room_for_drafts), len(self.running))
+        return self.draft_limits.pay(min(expected, self._room_for_drafts), len(self.running))
 
     def _draft(self, batch: ScheduledBatch, decodes: list[Request], budget: int) -> list[Draft]:
         """Add drafts to a step of decodes: an equal share of the room for each request that may have one."""
         drafts: list[Draft] = []
         if not self._drafts_pay():
             return drafts
-        room = min(budget, self.max_draft_rows - len(decodes))
+        room = min(budget, self.draft_limits.max_rows - len(decodes))
         places = [
             (row, request, request.drafter)
             for row, request in enumerate(decodes)

@@ -82,11 +82,12 @@ class ModelRunner:
             quantize_linears(self.model)
         self.model.finish_loading()
         self.history: torch.Tensor | None = None  # [slots, max_model_len] int32: tokens; made when a request needs it
-        self.last_token = torch.zeros(num_slots + config.max_draft_rows, dtype=torch.int32, device=self.device)
+        most_drafts = config.draft_limits.max_rows
+        self.last_token = torch.zeros(num_slots + most_drafts, dtype=torch.int32, device=self.device)
         self.block_table = torch.from_numpy(self.slots.block_table).to(self.device)  # on a CPU the very same memory
         self.inputs = StepInputs(32 * self.max_num_tokens + 64 * num_slots * (num_columns + 1) + 4096, self.device)
         # Eager steps pad to the graphs' sizes too: the same kernels on the same shapes give the same bits.
-        self.sizes = graph_sizes(max(config.max_num_seqs, config.max_draft_rows)) if on_triton else []
+        self.sizes = graph_sizes(max(config.max_num_seqs, most_drafts)) if on_triton else []
         self.mixed_sizes = mixed_graph_sizes(self.max_num_tokens) if on_triton else []
         self.first_draft = num_slots  # in last_token, behind the slots
         self._host_tokens = [

@@ -119,7 +119,7 @@ def _join(config: EngineConfig, model_config: ModelConfig, rank: int, port: int)
     dtype, width = getattr(torch, config.dtype), model_config.hidden_size
     max_num_tokens = config.max_num_batched_tokens
     assert config.max_num_seqs is not None and max_num_tokens is not None
-    decode_rows = max(config.max_num_seqs, config.max_draft_rows)
+    decode_rows = max(config.max_num_seqs, config.draft_limits.max_rows)
     graph_rows = max([decode_rows, *mixed_graph_sizes(max_num_tokens)])
     sums = open_inbox(min(SENT_ROWS // (size - 1), graph_rows), size - 1, width, dtype.itemsize * 8, rank, size, device)
     draws = open_inbox(decode_rows, size, 4, 32, rank, size, device)
