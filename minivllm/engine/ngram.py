@@ -56,12 +56,11 @@ class DraftLimits:
     """How many drafts there may be, and when they pay, which hangs on the device."""
 
     max_rows: int  # of a step that computes drafts, these included; 0: nothing is drafted
-    more_worth: float  # right tokens a step and request that must come, for each request besides 0.1
+    slope: float  # of what they must bring, over the number of requests: all wait for the drafts of each
 
     def pay(self, expected: float, num_requests: int) -> bool:
-        """Whether `expected` right tokens a step, of all requests together, are worth making `num_requests` wait.  All
-        wait for the drafts of each, and for the host's part of a step, so that more must come where there are many."""
-        return expected > 0 and expected >= (0.1 + self.more_worth * num_requests) * num_requests
+        """Whether `expected` right tokens a step, of all requests together, are worth making `num_requests` wait."""
+        return expected > 0 and expected >= (0.1 + self.slope * num_requests) * num_requests
 
 
 NO_DRAFTS = DraftLimits(0, 0.0)
