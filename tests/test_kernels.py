@@ -107,6 +107,8 @@ def test_decode_splits(seq_lens, layout):
     q[::2] *= 30  # no maximum of a row is near that of the next
     out = torch.full_like(q, float("nan"))
     plan = kernels.plan_paged_decode(q, k, tables, int32(seq_lens))
+    plan.tiles[plan.total.item() :] = int32([0, 0, 0, 1000])  # a row's beginning, if it were read
+    plan.partial.fill_(float("nan"))
     kernels.paged_attention_decode(q, k, v, tables, int32(seq_lens), 0.3, plan=plan, out=out)
     for i, n in enumerate(seq_lens):
         ref = reference(q[i : i + 1], keys[i], values[i], 0.3)[0] if n else torch.zeros_like(out[i])

@@ -187,6 +187,12 @@ def test_it_knows_what_drafts_would_bring_without_any(share):
     assert [limits.pay(mean_of_8, 8) for limits in (ON_GPU, ON_CPU)] == [share > 0.5, share > 0.8]
 
 
+def test_the_device_decides_how_much_is_drafted():
+    for device, limits in (("cpu", ON_CPU), ("cuda:1", ON_GPU)):
+        assert EngineConfig(speculative_config=NGRAM, device=device).draft_limits is limits
+        assert EngineConfig(device=device).draft_limits.max_rows == 0
+
+
 def test_it_may_miss_tokens():
     drafter = NgramDrafter(NgramConfig.from_dict(NGRAM))
     tokens = [1, 2, 3, 4] * 20

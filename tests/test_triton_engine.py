@@ -11,6 +11,7 @@ from minivllm import LLM, SamplingParams
 from minivllm.backends import make_backend
 from minivllm.model_config import ModelConfig
 from minivllm.runner import warm_up
+from minivllm.runner.cuda_graph import graph_sizes
 
 PROMPTS = [[(7 * i + j) % 150 for j in range(n)] for i, n in enumerate([3, 16, 33, 1])]
 
@@ -60,3 +61,12 @@ def test_warm_up_runs(monkeypatch, changes):
         "_rope_kv",
     ]
     assert launched == {f"{name}_kernel" for name in expected}  # float32 leaves products to cuBLAS
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 100, 256, 600])
+def test_graphs_fit_every_batch_with_little_padding(most):
+    sizes = graph_sizes(most)
+    assert sizes == sorted({*sizes}) and sizes[-1] == most
+    for rows in range(1, most + 1):
+        padding = next(size for size in sizes if size >= rows) - rows
+        assert padding < (4 if rows <= 8 else 8 if rows <= 64 else 16 if rows <= 256 else 32)
