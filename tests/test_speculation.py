@@ -204,11 +204,11 @@ def test_it_may_miss_tokens():
 def test_all_wait_for_the_drafts_of_a_few_only_where_that_pays_all():
     drafting = SimpleNamespace(drafter=SimpleNamespace(expected=4.0), token_ids=[1])
     plain = SimpleNamespace(drafter=None, token_ids=[1])
-    scheduler = Scheduler(BlockManager(4, 16, False), 64, 64, [], draft_limits=DraftLimits(32, 0.0165))
-    for num_others, waits in ((0, True), (11, True), (12, False), (30, False)):
+    scheduler = Scheduler(BlockManager(4, 16, False), 64, 64, [], draft_limits=DraftLimits(32, 0.16))
+    for num_others, waits in ((0, True), (8, True), (9, False), (30, False)):
         scheduler.running = [drafting] + [plain] * num_others
         assert scheduler.waits_for_tokens == waits
-    for num_drafting, waits in ((21, True), (22, False), (32, False)):  # room for 11 drafts, for 10, for none
+    for num_drafting, waits in ((20, True), (21, False), (32, False)):  # room for 12 drafts, for 11, for none
         scheduler.running = [drafting] * num_drafting
         assert scheduler.waits_for_tokens == waits
 
@@ -230,9 +230,7 @@ class Eager:
 
 def drafts_of_a_step(num_requests, room, found=9, num_before=0):
     """{row: tokens drafted} in a step of decodes."""
-    scheduler = Scheduler(
-        BlockManager(64, 16, False), 16, 64, [], draft_limits=DraftLimits(num_requests + room, 0.0165)
-    )
+    scheduler = Scheduler(BlockManager(64, 16, False), 16, 64, [], draft_limits=DraftLimits(num_requests + room, 0.16))
     for i in range(num_requests):
         params = SamplingParams(max_tokens=40)
         scheduler.add(Request(str(i), [1, 2], params, max_num_tokens=42, seed=0, arrival_time=0, drafter=Eager(found)))

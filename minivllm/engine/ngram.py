@@ -56,16 +56,17 @@ class DraftLimits:
     """How many drafts there may be, and when they pay, which hangs on the device."""
 
     max_rows: int  # of a step that computes drafts, these included; 0: nothing is drafted
-    slope: float  # of what they must bring, over the number of requests: all wait for the drafts of each
+    price: float  # right tokens that a step with drafts must bring a single request
 
     def pay(self, expected: float, num_requests: int) -> bool:
-        """Whether `expected` right tokens a step, of all requests together, are worth making `num_requests` wait."""
-        return expected > 0 and expected >= (0.1 + self.slope * num_requests) * num_requests
+        """Whether `expected` right tokens a step, of all requests together, are worth making `num_requests` wait.  The
+        price rises faster than their number: preparing a step takes longer with more, and all of them wait for it."""
+        return expected > 0 and expected >= self.price * num_requests**1.4
 
 
 NO_DRAFTS = DraftLimits(0, 0.0)
-ON_GPU = DraftLimits(64, 0.0165)  # rows up to there cost little more than their attention
-ON_CPU = DraftLimits(16, 0.1)
+ON_GPU = DraftLimits(64, 0.16)  # rows up to there cost little more than their attention
+ON_CPU = DraftLimits(16, 0.3)
 
 
 class NgramDrafter:
