@@ -20,6 +20,7 @@ pytestmark = [
 GREEDY = dict(temperature=0.0, ignore_eos=True)
 OPTIONS = dict(skip_tokenizer_init=True, block_size=16, kv_cache_memory_bytes=1 << 22)
 NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
+FOUR = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 
 
 def prompts(count, length=40):
@@ -31,21 +32,32 @@ def tokens(outputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "eager"),
-    [("mha", True), ("mha", False), ("gqa-tied", False), ("bias", False), ("phi3-longrope", False), ("gemma3", False)],
+    ("name", "eager", "size"),
+    [
+        ("mha", True, 2),
+        ("mha", False, 2),
+        ("gqa-tied", False, 2),
+        ("bias", False, 2),
+        ("phi3-longrope", False, 2),
+        ("gemma3", False, 2),
+        pytest.param("mha", True, 4, marks=FOUR),
+        pytest.param("gqa-tied", False, 4, marks=FOUR),
+        pytest.param("gemma3", False, 4, marks=FOUR),
+    ],
 )
-def test_parity(tiny, greedy, name, eager):
+def test_parity(tiny, greedy, name, eager, size):
     """Few rows, and steps of thousands."""
     few, many = prompts(9), prompts(40, 200)
-    with LLM(tiny(name), tensor_parallel_size=2, dtype="float32", enforce_eager=eager, **OPTIONS) as llm:
+    with LLM(tiny(name), tensor_parallel_size=size, dtype="float32", enforce_eager=eager, **OPTIONS) as llm:
         for batch in (few, many):
             found = llm.generate(batch, SamplingParams(max_tokens=12, **GREEDY), use_tqdm=False)
             assert [row[0] for row in tokens(found)] == greedy(tiny(name), batch, 12)
         llm.engine.scheduler.check_integrity()
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=FOUR)])
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
-def test_same_tokens_with_everything_on(tiny, eager):
+def test_same_tokens_with_everything_on(tiny, eager, size):
     params = [
         SamplingParams(temperature=1.2, seed=5, max_tokens=30, ignore_eos=True),
         SamplingParams(temperature=1.2, seed=6, top_k=20, top_p=0.9, max_tokens=30, ignore_eos=True),
@@ -54,10 +66,10 @@ def test_same_tokens_with_everything_on(tiny, eager):
         SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, allowed_token_ids=[3]),  # drafted for
     ]
     found = []
-    for size in (1, 2):
+    for count in (1, size):
         with LLM(
-            tiny("gqa-tied"), tensor_parallel_size=size, dtype="float32", enforce_eager=eager, block_size=16,
-            skip_tokenizer_init=True, kv_cache_memory_bytes=12 * 2 * 3 * 16 * 2 * 16 * 4 // size,
+            tiny("gqa-tied"), tensor_parallel_size=count, dtype="float32", enforce_eager=eager, block_size=16,
+            skip_tokenizer_init=True, kv_cache_memory_bytes=12 * 2 * 3 * 16 * 2 * 16 * 4 // min(count, 2),
             max_num_batched_tokens=24, max_num_seqs=6, speculative_config=NGRAM,
         ) as llm:  # fmt: skip
             found.append(llm.generate(prompts(10), params * 2, use_tqdm=False))
