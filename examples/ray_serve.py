@@ -6,10 +6,13 @@ The address and the API are those of `minivllm serve`; a request goes to the rep
 import argparse
 import sys
 
-import ray
-from ray import serve
+try:
+    import ray
+    from ray import serve
 
-from minivllm.ray_serve import application
+    from minivllm.ray_serve import application
+except ImportError as error:
+    sys.exit(f'ray_serve.py: {error}; pip install -e ".[ray]"')
 
 parser = argparse.ArgumentParser(description="Serve a model on Ray Serve.")
 parser.add_argument("--model", help="folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct")
@@ -37,7 +40,9 @@ try:
         num_cpus=None if on_gpus else 1,
         engine_arguments=engine_arguments,
     )
-except ValueError as error:
+    serve.start(http_options={"host": args.host, "port": args.port})
+    serve.run(app, blocking=True)
+except (ValueError, RuntimeError) as error:
     sys.exit(f"ray_serve.py: {error}")
-serve.start(http_options={"host": args.host, "port": args.port})
-serve.run(app, blocking=True)
+except KeyboardInterrupt:
+    sys.exit(130)

@@ -21,9 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from minivllm.child_process import start_process
+from minivllm.child_process import check_importable, start_process
 from minivllm.engine_process import EngineFacts, Packed, unpack
-from minivllm.inputs import InputProcessor, Prompt
+from minivllm.inputs import InputProcessor, Prompt, checked_model
 from minivllm.loading import resolve, sampling_defaults
 from minivllm.metrics import Metric
 from minivllm.outputs import CompletionOutput, RequestOutput
@@ -56,6 +56,7 @@ class OutputStream:
         self._news = asyncio.Event()
         self._pending: list[Packed] = []
         self._so_far: dict[int, CompletionOutput] = {}
+        self._first: RequestOutput | None = None  # which alone has what is known of the prompt
         self._finished = False
         self.accepted: asyncio.Future[None] = self.loop.create_future()
 
@@ -88,6 +89,9 @@ class OutputStream:
                 old = self._so_far.get(new.index)
                 self._so_far[new.index] = new if old is None else _joined(old, new)
             output.outputs = [self._so_far[new.index] for new in output.outputs]
+            self._first = self._first or output
+            output.prompt_logprobs = self._first.prompt_logprobs
+            output.prompt_token_id_logprobs = self._first.prompt_token_id_logprobs
         return output
 
     async def aclose(self) -> None:
@@ -145,13 +149,14 @@ class AsyncLLM:
         chat_template: str | Path | None = None,
         **arguments: Any,
     ) -> None:
+        model = checked_model(model)
         self._error: str | None = None
         self._is_shut_down = False
         self._process, self._connection = start_process("minivllm.engine_process")  # imports what it needs meanwhile
         try:
             # What is fetched or converted is so once, here; the engine finds it done.
             files = resolve(
-                None if model is None else os.fspath(model), tokenizer, revision,
+                model, tokenizer, revision,
                 need_tokenizer=not skip_tokenizer_init, need_weights=arguments.get("load_format") != "dummy",
                 pickled=arguments.get("load_format") == "pt",
             )  # fmt: skip
@@ -204,12 +209,7 @@ class AsyncLLM:
         params = SamplingParams(**self.inputs.default_options()) if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
-        for function in params.logits_processors or ():
-            if getattr(function, "__module__", "__main__") == "__main__":
-                raise ValueError(
-                    f"logits_processors: {function!r} must be of a module that the engine's process can import, not of "
-                    "the script itself"
-                )
+        check_importable("logits_processors", params.logits_processors or ())
         final = params.output_kind == RequestOutputKind.FINAL_ONLY
         kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
         token_ids, sent, text = await loop.run_in_executor(self._tokenizing, self.inputs.check, prompt, params, kind)

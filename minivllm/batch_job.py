@@ -112,8 +112,9 @@ class Job:
         for known in (job.folder / "job", job.finished_mark):
             if known.exists() and known.read_text() != identity:
                 raise ValueError(
-                    f"{target} belongs to another input, model or options; remove it and {job.folder.name}, or choose "
-                    "another output_path"
+                    f"{target} was begun with another input, model or options; remove "
+                    f"{' and '.join(path.name for path in (target, job.folder) if path.exists())}, or choose another "
+                    "output_path"
                 )
         if not job.is_finished():
             if target.exists():

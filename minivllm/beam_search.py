@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+
+from tqdm import tqdm
 
 from minivllm.outputs import Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -20,10 +23,15 @@ class BeamSearchParams:
     ignore_eos: bool = False
     temperature: float = 0.0  # of the log probabilities nothing changes; kept for scripts that name it
     length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False  # there are no stop strings
 
     def __post_init__(self) -> None:
         check_int("beam_width", self.beam_width, 1)
         check_int("max_tokens", self.max_tokens, 1)
+        if not isinstance(self.length_penalty, (int, float)) or not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be a number, got {self.length_penalty!r}")
+        if self.include_stop_str_in_output:
+            raise ValueError("include_stop_str_in_output: beam search has no stop strings; leave it out")
         if self.temperature != 0:
             raise ValueError("beam search with a temperature is not supported; leave temperature at 0")
 
@@ -55,6 +63,7 @@ def beam_search(
     prompts: Sequence[list[int]],
     params: BeamSearchParams,
     eos_token_ids: Collection[int],
+    use_tqdm: bool = False,
 ) -> list[BeamSearchOutput]:
     """Search from each prompt.  `generate` is the engine's: one output a prompt."""
     step = SamplingParams(
@@ -67,7 +76,7 @@ def beam_search(
     def rank(sequence: BeamSearchSequence) -> float:
         return -sequence.score(ends, params.length_penalty)
 
-    for _ in range(params.max_tokens):
+    for _ in tqdm(range(params.max_tokens), desc="Beam search", unit="token", disable=not use_tqdm):
         outputs = iter(generate([beam.tokens for own in beams for beam in own], step))
         for i, own in enumerate(beams):
             candidates = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,32 @@ def render(
 
 
 def _checked(message: Message) -> Message:
-    """The message, with text parts joined to one text."""
+    """The message as templates want it: text parts joined to one text, the arguments of earlier calls as objects."""
     content = message.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
             raise ValueError("messages: only content of text is supported, not images or the like")
-        return {**message, "content": "\n".join(part["text"] for part in content)}
-    return message
+        content = "\n".join(part["text"] for part in parts)
+    own = {**message, "content": "" if content is None else content}
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, list) or not all(
+            isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
+        ):
+            raise ValueError("messages: tool_calls must be a list of calls, each with a function")
+        own["tool_calls"] = [{**call, "function": _with_arguments(call["function"])} for call in calls]
+    return own
+
+
+def _with_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise ValueError("messages: a tool call's arguments are not JSON") from None
+        return {**function, "arguments": arguments}
+    return dict(function)
 
 
 def is_conversation(messages: Any) -> bool:

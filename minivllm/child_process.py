@@ -6,12 +6,17 @@ Not multiprocessing: that would import the caller's main module once more.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
+
+
+class WorkerError(RuntimeError):
+    """A worker has failed, ended or given no answer in time; the model is lost."""
 
 
 def start_process(
@@ -33,6 +38,20 @@ def start_process(
             stdin=subprocess.DEVNULL,
         )
     return process, Connection(ours.detach())
+
+
+def check_importable(name: str, functions: Iterable[Callable[..., object]]) -> None:
+    """Raise ValueError for functions, given as `name`, that such a process could not import."""
+    for function in functions:
+        try:
+            is_importable = b"__main__" not in pickle.dumps(function)
+        except (pickle.PicklingError, AttributeError, TypeError):  # a lambda, say
+            is_importable = False
+        if not is_importable:
+            raise ValueError(
+                f"{name}: {function!r} has to run in another process, which cannot import it; define it at the top of "
+                "a module other than the script"
+            )
 
 
 def connect(file_descriptor: int) -> Connection:

@@ -12,6 +12,7 @@ from typing import Any
 
 from minivllm import __version__
 from minivllm.argument_types import json_object
+from minivllm.child_process import WorkerError
 from minivllm.config import EngineConfig
 
 MODEL_HELP = "folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct"
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, WorkerError) as error:
         print(f"minivllm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -191,7 +192,13 @@ def _chat(args: argparse.Namespace) -> None:
     from minivllm.sampling_params import SamplingParams
 
     SamplingParams(**_sampling_options(args))
+    if args.skip_tokenizer_init:
+        raise ValueError("--skip-tokenizer-init: a chat needs a tokenizer; leave it out")
     if args.url is not None:
+        if given := engine_arguments(args):
+            raise ValueError(
+                f"--{next(iter(given)).replace('_', '-')} is the server's to choose; leave it out with --url"
+            )
         model = chat.RemoteModel(args.url, args.model, args.api_key or os.environ.get("OPENAI_API_KEY"))
         return chat.run(model, args.system, _sampling_options(args))
     from minivllm import LLM

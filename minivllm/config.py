@@ -6,6 +6,7 @@ executor and handed to the scheduler.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -182,6 +183,8 @@ class EngineConfig:
                 f"max_model_len ({max_model_len}) is more than the model's own limit of "
                 f"{model.max_position_embeddings} positions; lower max_model_len"
             )
+        if self.backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("backend='triton' needs a GPU; leave it out (or set TRITON_INTERPRET=1, to debug kernels)")
         budget = self.max_num_batched_tokens or max(8192 if on_gpu else 2048, self.max_num_seqs or 0)
         return replace(
             self,

@@ -3,9 +3,10 @@
 Its parent (`AsyncLLM`) starts it and talks to it over one connection.  Commands and messages are tuples, the first
 entry a word; threads of their own read and write them, so the loop below never waits for the other side:
 
+    model, arguments: the first of all           ->  ready  EngineFacts; or failed  error or None, traceback
     add  request_id, token_ids, params, prompt   ->  added  request_id, what is wrong with it or None
     abort  request_ids
-    call  call_id, name, arguments               ->  result  call_id, value, error or None
+    call  call_id, name                          ->  result  call_id, value, error or None
     a step has outputs                           ->  outputs  [packed RequestOutput, …], metrics
     the engine failed                            ->  dead  traceback
 

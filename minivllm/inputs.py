@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minivllm.chat_template import Message, is_conversation, load_template, render
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.validation import check_text
 
 Prompt = str | list[int] | dict[str, Any]
-DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # that a model may recommend
+# Entries of a generation config that a model may recommend, and the fields of SamplingParams they are.
+RECOMMENDED = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")} | {
+    "max_new_tokens": "max_tokens"
+}
+CHAT_OPTIONS = ("chat_template", "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs")
 CheckedRequest = tuple[list[int], SamplingParams, str | None]  # token ids, params, text if known
 
 
@@ -35,8 +41,7 @@ class InputProcessor:
 
     def default_options(self) -> dict[str, Any]:
         """The options of SamplingParams that the generation config recommends."""
-        names = {"max_new_tokens": "max_tokens", **{n: n for n in DEFAULTS}}
-        given = {ours: self._generation_config.get(theirs) for theirs, ours in names.items()}
+        given = {ours: self._generation_config.get(theirs) for theirs, ours in RECOMMENDED.items()}
         return {name: value for name, value in given.items() if value is not None}
 
     def preprocess_chat(
@@ -72,8 +77,7 @@ class InputProcessor:
 
     def check(self, prompt: Any, params: SamplingParams, output_kind: RequestOutputKind) -> CheckedRequest:
         """A prompt and its params as the engine takes them.  Raises ValueError for a prompt that is none."""
-        params = copy.copy(params)
-        params.output_kind = output_kind
+        params = replace(params, output_kind=output_kind)  # checks them again: they may have been changed since
         text, token_ids = self._tokenize(prompt)
         if (most := params.truncate_prompt_tokens) is not None:
             token_ids = token_ids[-(self.max_model_len - 1 if most == -1 else most) :]
@@ -86,12 +90,24 @@ class InputProcessor:
             if not prompt.keys() & {"prompt", "prompt_token_ids"} or prompt.keys() - {"prompt", "prompt_token_ids"}:
                 raise ValueError(f'a prompt dict has "prompt" or "prompt_token_ids", got the keys {list(prompt)}')
             text = prompt.get("prompt")
+            if not isinstance(text, (str, type(None))):
+                raise ValueError(f'"prompt" must be text, got {text!r:.80}')
             prompt = prompt.get("prompt_token_ids", text)
+            if isinstance(prompt, str) and prompt is not text:
+                raise ValueError(f'"prompt_token_ids" must be token ids, got {prompt!r:.80}')
         if isinstance(prompt, str):
+            check_text("a prompt", prompt)
             return prompt, self.get_tokenizer()(prompt).input_ids
-        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+        if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
             raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
         return text, list(prompt)
+
+
+def checked_model(model: Any) -> str | None:
+    """A reference to a model as text, or ValueError for what is none."""
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        raise ValueError(f"model must be a folder, a hub id, a .gguf file or None, got {model!r}")
+    return None if model is None else os.fspath(model)
 
 
 def is_one_prompt(prompts: Any) -> bool:

@@ -22,7 +22,7 @@ from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.chat_template import Message
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
-from minivllm.inputs import CheckedRequest, InputProcessor, Prompt, is_one_prompt
+from minivllm.inputs import CHAT_OPTIONS, CheckedRequest, InputProcessor, Prompt, checked_model, is_one_prompt
 from minivllm.loading import resolve, sampling_defaults
 from minivllm.metrics import Metric, collect
 from minivllm.model_config import ModelConfig, override
@@ -30,10 +30,16 @@ from minivllm.models import model_class
 from minivllm.outputs import RequestOutput
 from minivllm.runner.executor import make_executor
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.validation import check_asks_for_nothing, reject_unknown
+
+# Arguments of vLLM's methods for what there is not here, with the values that ask for none of it.
+NOTHING: dict[str, tuple[Any, ...]] = {
+    name: (None, {}) for name in ("lora_request", "mm_processor_kwargs", "priority", "tokenization_kwargs")
+}
 
 
 class LLM:
-    """A model, ready to generate.
+    """A model, ready to generate.  Threads may share it: they take turns, step by step.
 
     model: a directory, a hub id, a .gguf file, or None for the embedded SmolLM2-135M-Instruct.
     tokenizer: where the tokenizer comes from, if not from the model.
@@ -60,9 +66,7 @@ class LLM:
         trust_remote_code: bool = False,
         **arguments: Any,
     ) -> None:
-        if model is not None and not isinstance(model, (str, os.PathLike)):
-            raise ValueError(f"model must be a folder, a hub id, a .gguf file or None, got {model!r}")
-        model = None if model is None else os.fspath(model)
+        model = checked_model(model)
         config = EngineConfig.from_arguments(arguments)
         device = _device(config.device, config.tensor_parallel_size)
         dummy = config.load_format == "dummy"
@@ -76,21 +80,24 @@ class LLM:
         )  # fmt: skip
         self.model = files.name
         hf_config = override(files.config, hf_overrides or {})
-        model_config = ModelConfig.from_hf(hf_config, files.generation_config)
+        defaults = sampling_defaults(
+            files.generation_config, config.generation_config, config.override_generation_config
+        )
+        model_config = ModelConfig.from_hf(hf_config, {**files.generation_config, **defaults})
         # Refuses what is not supported before anything is loaded.
         self.model_config = model_class(model_config.architecture, trust_remote_code).adapt(model_config)
         self.model_config.share(config.tensor_parallel_size)  # refuses what cannot be cut so
         self.config = config.resolve(self.model_config, device)
         assert self.config.max_model_len is not None
-        defaults = sampling_defaults(
-            files.generation_config, config.generation_config, config.override_generation_config
-        )
         self.inputs = InputProcessor(files.load_tokenizer(), chat_template, defaults, self.config.max_model_len)
+        if config.override_generation_config:
+            self.get_default_sampling_params()  # refuses wrong values
         self._executor = make_executor(self.config, self.model_config, files.weights)
         self.engine = Engine(self.config, self.model_config, self._executor, self.inputs.tokenizer)
         self._request_ids = itertools.count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request: the outputs its call has not taken yet
         self._is_shut_down = False
+        self._lock = threading.RLock()  # of the engine and the inboxes
 
     def generate(
         self,
@@ -98,6 +105,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        **more: Any,
     ) -> list[RequestOutput]:
         """Complete the prompts, all at once; one output a prompt, in their order.
 
@@ -106,10 +114,12 @@ class LLM:
 
         prompts: one or a list of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
         sampling_params: one for all, or one a prompt; None: the model's defaults (`get_default_sampling_params`).
+        more: vLLM's other arguments, as long as they ask for nothing (lora_request=None).
 
         Raises ValueError for wrong input before any request is started.  Ctrl-C aborts these requests and raises
         KeyboardInterrupt; the engine stays usable.
         """
+        check_asks_for_nothing(more, NOTHING, "generate")
         requests = self._check_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)
         done: list[RequestOutput] = []
         with (
@@ -144,15 +154,18 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written with the model's chat template.
 
         messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
-        options: as for `preprocess_chat`.
+        options: as for `preprocess_chat`; vLLM's others as long as they ask for nothing.
         """
+        nothing = NOTHING | {"chat_template_content_format": ("auto", "string")}
+        more = {name: options.pop(name) for name in list(options) if name not in CHAT_OPTIONS}
+        reject_unknown(more, [*CHAT_OPTIONS, *nothing], "chat")
+        check_asks_for_nothing(more, nothing, "chat")
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a conversation or a list of them, got {messages!r}")
         conversations = [messages] if isinstance(messages[0], dict) else messages
@@ -164,21 +177,32 @@ class LLM:
         `InputProcessor.preprocess_chat`."""
         return self.inputs.preprocess_chat(messages, **options)
 
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
-        """The most likely continuations of each prompt; prompts as for `generate`.
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False, **more: Any
+    ) -> list[BeamSearchOutput]:
+        """The most likely continuations of each prompt; prompts and `more` as for `generate`.
 
-        Every round asks for 2 · beam_width log probabilities: `max_logprobs` must allow that.
+        Every round asks for 2 · beam_width log probabilities: `max_logprobs` must allow that.  use_tqdm: show the
+        rounds.
         """
+        check_asks_for_nothing(more, NOTHING | {"concurrency_limit": (None,)}, "beam_search")
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"params must be BeamSearchParams, got {type(params).__name__}")
         checked = self._check_requests(
             prompts, SamplingParams(max_tokens=params.max_tokens), RequestOutputKind.FINAL_ONLY
         )
+        for i, (token_ids, _, _) in enumerate(checked):
+            if len(token_ids) + params.max_tokens > self.inputs.max_model_len:
+                raise ValueError(
+                    f"prompts[{i}]: {len(token_ids)} tokens and max_tokens ({params.max_tokens}) are more than "
+                    f"max_model_len ({self.inputs.max_model_len}); lower max_tokens"
+                )
         outputs = beam_search(
             lambda beams, step: self.generate(beams, step, use_tqdm=False),
             [token_ids for token_ids, _, _ in checked],
             params,
             self.engine.scheduler.eos_token_ids,
+            use_tqdm,
         )
         if self.inputs.tokenizer is not None:
             for output in outputs:
@@ -200,13 +224,15 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes."""
-        return self.engine.reset_prefix_cache()
+        with self._lock:
+            return self.engine.reset_prefix_cache()
 
     def shutdown(self) -> None:
         """Free the model and its memory.  Another LLM can be made in the same process afterwards."""
-        self._is_shut_down = True
-        self.engine.abort_requests(list(self.engine.request_ids))
-        self._executor.shutdown()
+        with self._lock:
+            self._is_shut_down = True
+            self.engine.abort_requests(list(self.engine.request_ids))
+            self._executor.shutdown()
 
     def __enter__(self) -> LLM:
         return self
@@ -221,8 +247,7 @@ class LLM:
         output_kind: RequestOutputKind,
     ) -> list[CheckedRequest]:
         """What `_run` takes, or a ValueError that says which prompt or params are wrong."""
-        if self._is_shut_down:
-            raise ValueError("this LLM was shut down; make another")
+        self._check_is_there()
         if is_one_prompt(prompts):
             prompts = [prompts]  # type: ignore[assignment]
         if not isinstance(prompts, Sequence):
@@ -250,10 +275,15 @@ class LLM:
             checked.append(request)
         return checked
 
+    def _check_is_there(self) -> None:
+        if self._is_shut_down:
+            raise ValueError("this LLM was shut down; make another")
+
     def _run(self, requests: Sequence[CheckedRequest], longest_first: bool = False) -> Iterator[RequestOutput]:
         """Queue requests and step the engine until they are done; abort what is left of them if that is cut short.
 
-        Other calls may run meanwhile: whoever steps the engine puts each output where its own call finds it.
+        Other calls may run meanwhile, in other threads too: whoever steps the engine puts each output where its own
+        call finds it.
         """
         inbox: deque[RequestOutput] = deque()
         request_ids = [str(next(self._request_ids)) for _ in requests]
@@ -261,22 +291,26 @@ class LLM:
             queue = list(zip(request_ids, requests, strict=True))
             if longest_first:
                 queue.sort(key=lambda entry: -(entry[1][1].max_tokens or sys.maxsize))
-            for request_id, (token_ids, params, text) in queue:
-                self._inboxes[request_id] = inbox
-                self.engine.add_request(request_id, token_ids, params, text)
+            with self._lock:
+                self._check_is_there()
+                for request_id, (token_ids, params, text) in queue:
+                    self._inboxes[request_id] = inbox
+                    self.engine.add_request(request_id, token_ids, params, text)
             unfinished = set(request_ids)
             while unfinished:
-                with _deferred_interrupt():
-                    for output in self.engine.step():
-                        if output.request_id in self._inboxes:
-                            self._inboxes[output.request_id].append(output)
-                unfinished &= self.engine.request_ids  # those that ended or were aborted are gone
+                with _deferred_interrupt(), self._lock:
+                    if unfinished & self.engine.request_ids:
+                        for output in self.engine.step():
+                            if output.request_id in self._inboxes:
+                                self._inboxes[output.request_id].append(output)
+                    unfinished &= self.engine.request_ids  # those that ended or were aborted are gone
                 while inbox:
                     yield inbox.popleft()
         finally:
-            self.engine.abort_requests(request_ids)
-            for request_id in request_ids:
-                self._inboxes.pop(request_id, None)
+            with self._lock:
+                self.engine.abort_requests(request_ids)
+                for request_id in request_ids:
+                    self._inboxes.pop(request_id, None)
 
 
 def _device(name: str, num_workers: int) -> str:

@@ -14,6 +14,8 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 # What a config.json leaves out because it is the default of its kind of model.
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": dict(use_sliding_window=False, max_window_layers=28),
+    "qwen3": dict(use_sliding_window=False, max_window_layers=28),
     "gemma2": dict(
         tie_word_embeddings=True, head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
         sliding_window=4096, sliding_window_pattern=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,

@@ -24,6 +24,7 @@ from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.batch_job import ANSWER_FIELDS, MALFORMED, Job, Rows
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.validation import check_int
 
 CHUNKS_AT_ONCE = 2  # of an actor: the next one fills the batch while the last rows of one come to their end
 
@@ -71,8 +72,9 @@ def generate(
     rows = Rows.open(source)
     if target.suffix != source.suffix:
         raise ValueError(f"output_path must end in {source.suffix} as the input does, got {target.name!r}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    check_int("chunk_size", chunk_size, 1)
+    for number in (concurrency,) if isinstance(concurrency, int) else concurrency:
+        check_int("concurrency", number, 1)
     given = dict(sampling_params or {})
     SamplingParams(**given)  # mistakes show before anything is started
     job = Job.make(rows, target, model, given, chunk_size, engine_arguments)

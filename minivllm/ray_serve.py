@@ -24,6 +24,7 @@ from starlette.responses import StreamingResponse
 from minivllm.async_llm import AsyncLLM
 from minivllm.server.app import make_app
 from minivllm.server.service import ServerOptions
+from minivllm.validation import check_int
 
 HEAD_CHARACTERS = 512  # of a prompt, that decide where it goes
 HEAD_TOKENS = 128
@@ -50,6 +51,10 @@ def application(
     engine_arguments = engine_arguments or {}
     if num_replicas is not None and autoscaling is not None:
         raise ValueError("num_replicas and autoscaling exclude each other; give one")
+    if num_replicas is not None:
+        check_int("num_replicas", num_replicas, 1)
+    if autoscaling is not None and not 0 <= autoscaling[0] <= autoscaling[1] != 0:
+        raise ValueError(f"autoscaling must be the fewest and the most engines, got {autoscaling}")
     if num_cpus is None and num_gpus is None:
         num_gpus = engine_arguments.get("tensor_parallel_size", 1)
     scale: dict[str, Any] = {"num_replicas": num_replicas or 1}
@@ -99,7 +104,7 @@ def prefix_key(content: bytes) -> str:
         return ""  # the application will say what is wrong with it
 
 
-@serve.deployment(max_ongoing_requests=10_000)
+@serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
 class Ingress:
     def __init__(self, engine: DeploymentHandle) -> None:
         self._engine = engine.options(stream=True)

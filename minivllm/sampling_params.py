@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ from enum import Enum
 from typing import Any
 
 from minivllm.output_params import RepetitionDetectionParams, StructuredOutputsParams
-from minivllm.validation import check_int, refuses_unknown_options
+from minivllm.validation import check_int, check_text, refuses_unknown_options
 
 MIN_TEMPERATURE = 0.01  # below it logits / temperature overflows; vLLM raises smaller ones to it too
 MAX_FLOAT32 = 3.4e38
 MAX_INT32 = 2**31 - 1
+MAX_N = 16384  # as in vLLM
 NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
 SWITCHES = (
     "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
@@ -129,6 +131,8 @@ class SamplingParams:
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= MAX_FLOAT32:
                 raise ValueError(f"{name} must be a number, got {value!r}")
         check_int("n", self.n, 1)
+        if self.n > MAX_N:
+            raise ValueError(f"n must be at most {MAX_N}, got {self.n}")
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}")
@@ -220,6 +224,11 @@ class SamplingParams:
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
 
+    def clone(self) -> SamplingParams:
+        """A copy that shares nothing but logits_processors."""
+        processors = {id(function): function for function in self.logits_processors or ()}
+        return copy.deepcopy(self, processors)
+
     @property
     def truncates(self) -> bool:
         """Whether the distribution is cut by top_k, top_p or min_p, which a greedy choice does not notice."""
@@ -285,4 +294,6 @@ def _texts(name: str, value: Any) -> list[str]:
         raise ValueError(f"{name} must be a string or a list of strings, got {value!r}")
     if "" in texts:
         raise ValueError(f"{name} must not contain an empty string")
+    for text in texts:
+        check_text(name, text)
     return list(texts)

@@ -19,10 +19,26 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
             raise ValueError(f"{what} has no argument {name!r}{hint}")
 
 
+def check_asks_for_nothing(given: Mapping[str, Any], nothing: Mapping[str, tuple[Any, ...]], what: str) -> None:
+    """Raise ValueError for options in `given` but those in `nothing`, with one of the values there."""
+    reject_unknown(given, nothing, what)
+    for name, value in given.items():
+        if value not in nothing[name]:
+            raise ValueError(f"{what}: {name} is not supported; leave it out")
+
+
 def check_int(name: str, value: Any, least: int) -> None:
     """Raise ValueError unless `value` is an int (not a bool) of at least `least`, and of 64 bits at most."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for a text that UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be text, and has half a surrogate pair at {error.start}: {text!r:.80}") from None
 
 
 def refuses_unknown_options(not_supported: Mapping[str, Any] | None = None) -> Callable[[type], type]:

@@ -72,8 +72,7 @@ def test_same_outputs_as_llm(tiny, llm, kind):
             continue  # an output carries those of the n that have news
         key = dict(key=lambda completion: completion.index)
         assert sorted(found.outputs, **key) == output.outputs
-        if kind != RequestOutputKind.CUMULATIVE:
-            assert found.prompt_logprobs == output.prompt_logprobs
+        assert found.prompt_logprobs == output.prompt_logprobs
 
 
 def test_packing():

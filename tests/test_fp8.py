@@ -1,6 +1,7 @@
 """8-bit floats, in the KV cache and in the weights: what they change, how little, and where they are refused."""
 
 import copy
+import gc
 import inspect
 import math
 import textwrap
@@ -51,6 +52,35 @@ def test_tokens_do_not_depend_on_chunks_hits_or_preemption(make, options):
         assert tokens_of(llm) == whole
     with make(kv_cache_memory_bytes=6 * block_bytes, max_num_batched_tokens=16, **options) as llm:
         assert tokens_of(llm) == whole and llm.engine.scheduler.stats.num_preemptions > 0
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_weights_are_freed_before_the_kv_cache_is_sized(make, monkeypatch, quantization):
+    """Those that were packed or rounded."""
+    from minivllm.runner import model_runner
+
+    live = []
+
+    def measure(*arguments):
+        gc.collect()
+        live.append(
+            {id(t.untyped_storage()): t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.ndim == 2}
+        )
+        return kv_cache_blocks(*arguments)
+
+    kv_cache_blocks = model_runner.kv_cache_blocks
+    monkeypatch.setattr(model_runner, "kv_cache_blocks", measure)
+    before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+    with make(quantization=quantization, backend="torch") as llm:
+        model = llm._executor.runner.model
+        own = {id(t) for module in model.modules() for t in vars(module).values() if isinstance(t, torch.Tensor)}
+        own |= {id(parameter) for parameter in model.parameters()}
+        config = llm.model_config
+        matrices = [
+            t for t in live[0].values()
+            if id(t) not in own | before and config.hidden_size in t.shape and t.numel() > 2 * config.hidden_size
+        ]  # fmt: skip
+        assert not matrices, [tuple(t.shape) for t in matrices]
 
 
 def test_every_linear_layer_but_the_lm_head_is_quantized():

@@ -202,6 +202,12 @@ def refused(llm, message):
         ([[1.5]], {}, r"prompts\[0\]: a prompt must be text, token ids"),
         ([True], {}, r"prompts\[0\]: a prompt must be text, token ids"),
         ([["a"]], {}, r"prompts\[0\]: a prompt must be text, token ids"),
+        ([b"abc"], {}, r"prompts\[0\]: a prompt must be text, token ids"),
+        ([range(3)], {}, r"prompts\[0\]: a prompt must be text, token ids"),
+        ({"prompt": [1, 2]}, {}, r'"prompt" must be text'),
+        ({"prompt": 5, "prompt_token_ids": [1]}, {}, r'"prompt" must be text'),
+        ({"prompt_token_ids": "abc"}, {}, r'"prompt_token_ids" must be token ids'),
+        (["ok", "\ud800a"], {}, r"prompts\[1\]: a prompt must be text, and has half a surrogate pair at 0"),
         ([{}], {}, 'a prompt dict has "prompt" or "prompt_token_ids"'),
         ([{"prompt_token_ids": [1], "multi_modal_data": 1}], {}, "multi_modal_data"),
         ({"prompt": None}, {}, "a prompt must be text"),
@@ -758,6 +764,46 @@ def test_generate_in_another_thread(either_llm):
     thread.start()
     thread.join()
     assert found == [expected]
+
+
+def test_threads_take_turns(either_llm):
+    """Each gets its own outputs, and all end."""
+    llm, expected = either_llm
+    found: dict[int, list] = {}
+
+    def work(i):
+        found[i] = []
+        for turn in range(3):
+            prompts = PROMPTS[i:] if turn % 2 else PROMPTS[i : i + 2]
+            if turn == 1:
+                outputs = {}
+                for output in llm.stream(prompts, GREEDY):
+                    outputs.setdefault(int(output.request_id), []).extend(output.outputs[0].token_ids)
+                found[i].append([outputs[key] for key in sorted(outputs)] == expected[i:])
+            else:
+                found[i].append(tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == expected[i : i + 2])
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {i: [True] * 3 for i in range(4)}
+
+
+def test_params_changed_after_they_were_made_are_checked_again(either_llm):
+    llm, expected = either_llm
+    stream = llm.stream(PROMPTS[0], GREEDY)
+    first = next(stream).outputs[0].token_ids
+    for name, value in (("n", 0), ("temperature", float("nan")), ("max_tokens", "5"), ("top_p", 0.0), ("stop", 7)):
+        params = SamplingParams(max_tokens=3)
+        setattr(params, name, value)
+        with pytest.raises(ValueError, match=rf"prompts\[0\]: {name} must be"):
+            llm.generate([1], params, use_tqdm=False)
+    params = SamplingParams(max_tokens=3)
+    params.stop_token_ids = params.bad_words = None
+    assert len(llm.generate([1], params, use_tqdm=False)[0].outputs[0].token_ids) <= 3
+    assert first + [token for output in stream for token in output.outputs[0].token_ids] == expected[0]
 
 
 @pytest.mark.parametrize(

@@ -976,3 +976,10 @@ def test_what_a_gemma_config_leaves_out():
     assert second.tie_word_embeddings and second.head_dim == 256 and second.attention_scale == 1 / 16
     assert second.sliding_windows == (4096, None) * 3 + (4096,) and second.local_rope is None
     assert (second.attention_cap, second.logit_cap, second.max_position_embeddings) == (50.0, 30.0, 8192)
+
+
+def test_what_a_qwen_config_leaves_out():
+    shape = dict(vocab_size=90, hidden_size=64, intermediate_size=96, num_hidden_layers=30, num_attention_heads=4)
+    hub = dict(shape, architectures=["Qwen2ForCausalLM"], model_type="qwen2", sliding_window=512)
+    assert ModelConfig.from_hf(hub).sliding_windows == ()
+    assert ModelConfig.from_hf(hub | dict(use_sliding_window=True)).sliding_windows == (None,) * 28 + (512,) * 2

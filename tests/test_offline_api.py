@@ -135,12 +135,45 @@ def test_beam_search_finds_more_than_greedy(llm):
     assert best.cum_logprob >= greedy.cumulative_logprob - 1e-3 and best.text.startswith(prompt)
 
 
+def test_arguments_of_vllm_that_ask_for_nothing(llm):
+    params, messages = SamplingParams(temperature=0, max_tokens=2), MESSAGES
+    nothing = dict(lora_request=None, mm_processor_kwargs=None, priority=None)
+    expected = llm.generate("a", params, use_tqdm=False)[0].outputs[0].token_ids
+    assert llm.generate("a", params, use_tqdm=False, **nothing)[0].outputs[0].token_ids == expected
+    assert llm.chat(messages, params, False, chat_template_content_format="auto", **nothing)
+    assert llm.beam_search("a", BeamSearchParams(beam_width=1, max_tokens=1), use_tqdm=True, lora_request=None)
+    for call, message in (
+        (lambda: llm.generate("a", params, lora_request=1), "generate: lora_request is not supported"),
+        (
+            lambda: llm.generate("a", params, lora_requests=None),
+            "no argument 'lora_requests'; did you mean 'lora_request'",
+        ),
+        (
+            lambda: llm.chat(messages, chat_template_content_format="openai"),
+            "chat: chat_template_content_format is not",
+        ),
+        (lambda: llm.chat(messages, tool=[]), "chat has no argument 'tool'; did you mean 'tools'"),
+        (
+            lambda: llm.beam_search("a", BeamSearchParams(beam_width=1, max_tokens=1), concurrency_limit=2),
+            "concurrency",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(beam_width=0, max_tokens=1), "beam_width must be"),
         (dict(beam_width=1, max_tokens=0), "max_tokens must be"),
         (dict(beam_width=1, max_tokens=1, temperature=0.5), "beam search with a temperature is not supported"),
+        (dict(beam_width=1, max_tokens=1, length_penalty=float("nan")), "length_penalty must be a number"),
+        (dict(beam_width=1, max_tokens=1, include_stop_str_in_output=True), "include_stop_str_in_output: beam search"),
+        (
+            dict(beam_width=1, max_tokens=9000),
+            r"prompts\[0\]: 1 tokens and max_tokens \(9000\) are more than max_model",
+        ),
         (dict(beam_width=11, max_tokens=1), r"logprobs asks for 22, more than max_logprobs \(20\)"),
     ],
     ids=str,
@@ -210,6 +243,57 @@ def test_overrides(tiny, hugging_face, overrides):
     found = torch.tensor([found[i].logprob for i in range(TINY_VOCAB)])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (expected - unchanged).abs().max() > 1e-2
+
+
+def test_calls_of_tools_go_to_the_template_as_objects(llm):
+    template = (
+        "{% for m in messages %}<{{ m.content }}>{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{{ c.function.arguments.city }}{% endfor %}{% endfor %}"
+    )
+
+    def prompt(arguments, **message):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        turn = [{"role": "user", "content": ["Hi", "you"]}, {"role": "assistant", "tool_calls": [call], **message}]
+        return llm.preprocess_chat(turn, chat_template=template, add_generation_prompt=False)["prompt"]
+
+    for arguments in ('{"city": "Rome"}', {"city": "Rome"}):
+        for message in ({}, {"content": None}, {"content": ""}):
+            assert prompt(arguments, **message) == "<Hi\nyou><>weatherRome"
+    with pytest.raises(ValueError, match="a tool call's arguments are not JSON"):
+        prompt("{")
+    with pytest.raises(ValueError, match="tool_calls must be a list of calls"):
+        llm.preprocess_chat([{"role": "assistant", "content": "a", "tool_calls": ["b"]}], chat_template=template)
+
+
+def test_generation_config_overrides(tiny):
+    """They end texts too, and are checked at once."""
+    options = dict(skip_tokenizer_init=True, device="cpu")
+    with LLM(tiny("mha"), override_generation_config=dict(temperature=0.0, max_new_tokens=6), **options) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, max_tokens=6)
+        tokens = llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True))[0].outputs[0]
+        end = tokens.token_ids[3]
+    with LLM(tiny("mha"), override_generation_config=dict(eos_token_id=[end]), **options) as llm:
+        output = llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=6))[0].outputs[0]
+        assert (
+            output.token_ids == tokens.token_ids[: tokens.token_ids.index(end) + 1] and output.finish_reason == "stop"
+        )
+        longer = SamplingParams(temperature=0, max_tokens=6, min_tokens=6, ignore_eos=True)
+        assert end not in llm.generate([5, 6], longer)[0].outputs[0].token_ids, "as in vLLM"
+        with pytest.raises(ValueError, match="min_tokens leaves none of the allowed_token_ids"):
+            llm.generate([5], SamplingParams(min_tokens=2, allowed_token_ids=[end]))
+    for override, message in (
+        (dict(temprature=0.0), "did you mean 'temperature'"),
+        (dict(temperature="hot"), "temperature must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LLM(tiny("mha"), override_generation_config=override, **options)
+
+
+def test_params_can_be_cloned(llm):
+    params = SamplingParams(logit_bias={3: 1.0}, stop_token_ids=[4], logits_processors=[print])
+    other = params.clone()
+    other.logit_bias[3], other.stop_token_ids[0] = 2.0, 5
+    assert params.logit_bias == {3: 1.0} and params.stop_token_ids == [4] and other.logits_processors == [print]
 
 
 def test_wrong_overrides(tiny):

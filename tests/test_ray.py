@@ -51,7 +51,7 @@ def test_a_job_goes_on_where_it_was(tmp_path):
     assert job.missing_chunks() == [0, 1, 2] and [len(job.rows_of(chunk)) for chunk in range(3)] == [4, 4, 2]
     job.write(1, [{"error": None}] * 4)
     assert make().missing_chunks() == [0, 2]
-    with pytest.raises(ValueError, match="belongs to another input, model or options"):
+    with pytest.raises(ValueError, match="was begun with another input, model or options"):
         make(chunk_size=5)
     for chunk in (0, 2):
         job.write(chunk, [{"error": None} for _ in job.rows_of(chunk)])
@@ -118,7 +118,7 @@ def test_every_row_once_while_an_actor_and_a_node_die(cluster, embedded, tmp_pat
     assert [row["generated_text"] for row in found[:50]] == [output.outputs[0].text for output in expected]
     start = time.monotonic()
     assert call() == batch.Summary(501, 0, 0) and time.monotonic() - start < 2, "a second start does no work"
-    with pytest.raises(ValueError, match="belongs to another input"):
+    with pytest.raises(ValueError, match="was begun with another input"):
         batch.generate(source, target, embedded, sampling_params=dict(max_tokens=5), chunk_size=20, **ENGINE)
 
 

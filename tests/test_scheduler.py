@@ -184,7 +184,7 @@ def test_running_requests_come_first_and_waiting_ones_get_what_is_left():
     assert third.num_tokens == 5
 
 
-@pytest.mark.parametrize(("max_tokens", "taken"), [(3000, 5000), (2000, RIDING_TOKENS - 1)])
+@pytest.mark.parametrize(("max_tokens", "taken"), [(3000, 5000), (2499, 5000), (2498, RIDING_TOKENS - 1)])
 def test_prompts_that_hold_nobody_up_ride_along(max_tokens, taken):
     """A request that will end before the one that decodes is computed beside it in smaller steps; others at once."""
     scheduler = make_scheduler(num_blocks=4000, budget=8000)
@@ -195,6 +195,23 @@ def test_prompts_that_hold_nobody_up_ride_along(max_tokens, taken):
     scheduler.abort("long")
     left = 5000 - short.num_computed_tokens
     assert not left or step(scheduler).num_scheduled == [left], "alone, it has the whole budget"
+
+
+def test_prompts_that_ride_along_get_at_least_as_much_as_the_decodes():
+    scheduler = make_scheduler(num_blocks=4000, budget=8000, max_num_seqs=RIDING_TOKENS)
+    for i in range(RIDING_TOKENS - 1):
+        add(scheduler, str(i), [i], max_tokens=2500)
+    step(scheduler)
+    add(scheduler, "short", range(5000), max_tokens=3)
+    assert step(scheduler).num_tokens == 2 * (RIDING_TOKENS - 1)
+
+
+def test_nothing_is_admitted_that_the_next_blocks_would_preempt():
+    """Four blocks: one for a, three for b, and none for the token of a that comes next."""
+    scheduler = make_scheduler(num_blocks=4)
+    a, b = add(scheduler, "a", range(4)), add(scheduler, "b", range(10, 22))
+    step(scheduler)
+    assert (a.slot >= 0, b.slot >= 0) == (True, False)
 
 
 def test_first_come_first_served():

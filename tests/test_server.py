@@ -293,10 +293,18 @@ def test_mistakes(server, path, body, status, param, message):
     server.wait_until_idle()
 
 
-def test_no_request_ends_the_engine(server):
+def test_no_request_ends_the_engine(server, monkeypatch):
     """Whatever comes of it there: here the tokenizer fails in the engine's process, with a TypeError."""
-    with pytest.raises(ValueError, match="TypeError"):
-        server.call(server.llm.add_request("x", SamplingParams(bad_words=["\ud800"])))
+    check = server.llm.inputs.check
+
+    def unchecked(*arguments):
+        token_ids, params, text = check(*arguments)
+        params.bad_words = ["\ud800"]
+        return token_ids, params, text
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="TypeError"):
+        patch.setattr(server.llm.inputs, "check", unchecked)
+        server.call(server.llm.add_request("x", SamplingParams()))
     assert not server.llm.errored and complete(server, prompt="1, 2, 3,", max_tokens=1)
     server.wait_until_idle()
 
@@ -490,6 +498,32 @@ def test_sigterm_loses_no_request(tiny):
     for parts in asyncio.run(run()):
         assert parts[-1]["choices"][0]["finish_reason"] == "length"
     assert process.wait(10) == 0
+    process.stderr.close()
+
+
+def test_requests_that_outlast_the_grace_period_hear_of_it(tiny):
+    process, url = start(
+        tiny("mha"),
+        "--grace-period",
+        "1",
+        "--max-model-len",
+        "8000",
+        "--hf-overrides",
+        '{"max_position_embeddings": 8000}',
+    )
+
+    async def run():
+        async with aiohttp.ClientSession() as session:
+            body = dict(prompt=[1, 2, 3], max_tokens=7900, ignore_eos=True)
+            answer = asyncio.ensure_future(session.post(url + "/v1/completions", json=body))
+            await asyncio.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            async with await answer as response:
+                return response.status, await response.json()
+
+    status, answer = asyncio.run(run())
+    assert status == 503 and "shutting down" in answer["error"]["message"]
+    assert process.wait(10) == 0 and "Traceback" not in process.stderr.read()
     process.stderr.close()
 
 

@@ -62,6 +62,14 @@ def test_same_tokens(tiny, greedy, name, size):
         assert [row[0] for row in tokens(again)] == expected and any(output.num_cached_tokens for output in again)
 
 
+def test_steps_of_fewer_tokens_than_workers(tiny, greedy):
+    """Where graphs have fewer too: no worker is left without a row of its own."""
+    options = OPTIONS | dict(backend="triton", max_num_batched_tokens=8, max_num_seqs=2, kv_cache_memory_bytes=1 << 20)
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    with LLM(tiny("mha"), tensor_parallel_size=4, **options) as llm:
+        assert tokens(llm.generate([1, 2, 3], params, use_tqdm=False))[0] == greedy(tiny("mha"), [[1, 2, 3]], 2)
+
+
 def test_same_tokens_with_everything_on(tiny):
     """Sampling, penalties, logprobs, n, chunks, preemption, drafts: with two workers as with one."""
     params = [
@@ -191,6 +199,10 @@ def die(token_ids, logits):
     return logits
 
 
+def mishap(*_):
+    raise RuntimeError("a mishap")
+
+
 @pytest.mark.parametrize(
     ("function", "message", "seconds"),
     [
@@ -213,13 +225,27 @@ def test_a_lost_worker_is_an_error_within_seconds(tiny, function, message, secon
             llm.generate([1], GREEDY, use_tqdm=False)
 
 
-def test_an_abandoned_step_leaves_no_answer_behind(tiny):
+def test_functions_that_workers_cannot_import_are_refused(tiny, monkeypatch):
+    def of_the_script(token_ids, logits):
+        return logits
+
+    of_the_script.__module__, of_the_script.__qualname__ = "__main__", "of_the_script"
+    monkeypatch.setattr(sys.modules["__main__"], "of_the_script", of_the_script, raising=False)
+    with LLM(tiny("mha"), tensor_parallel_size=2, **OPTIONS) as llm:
+        for function in (lambda token_ids, logits: logits, of_the_script):
+            with pytest.raises(ValueError, match=r"logits_processors: .* has to run in another process"):
+                llm.generate([1], SamplingParams(logits_processors=[function]), use_tqdm=False)
+        assert llm.generate([1], GREEDY, use_tqdm=False)
+
+
+def test_an_abandoned_step_leaves_no_answer_behind(tiny, monkeypatch):
     with LLM(tiny("gqa-tied"), tensor_parallel_size=2, async_scheduling=True, **OPTIONS) as llm:
         expected = tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
         outputs = llm.stream(PROMPTS[:1], GREEDY)
         next(outputs)  # the next step is in flight
-        with pytest.raises(Exception, match="pickle"):
-            llm.generate([1], SamplingParams(logits_processors=[lambda token_ids, logits: logits]), use_tqdm=False)
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="a mishap"):
+            patch.setattr(llm._executor, "execute", mishap)
+            llm.generate([1], GREEDY, use_tqdm=False)
         outputs.close()
         assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 

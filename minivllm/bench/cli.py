@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from minivllm.argument_types import at_least, output_file
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
+from minivllm.child_process import WorkerError
 
 if TYPE_CHECKING:
     from minivllm import LLM
@@ -46,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "bench.py") -> int:
             _bench_latency(parse_latency(rest, named))
         else:
             _bench_throughput(parse_throughput(rest, named))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, WorkerError) as error:
         print(f"{named}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

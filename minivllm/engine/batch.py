@@ -22,7 +22,7 @@ class AdmittedRequest:
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
-    stop_token_ids: list[int]  # all that may end it: not to be sampled before min_tokens
+    stop_token_ids: list[int]  # all that end texts: not to be sampled before min_tokens
     bad_word_ids: list[list[int]] = field(default_factory=list)
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, KeysView
 from typing import Any, Protocol
 
+from minivllm.child_process import check_importable
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.engine.block_manager import BlockManager
@@ -114,9 +115,14 @@ class Engine:
                     f"prompt_logprob_token_ids has {num_rows} rows; the prompt has {num_places} tokens after its "
                     f"first one, of which prompt_logprob_start ({params.prompt_logprob_start or 0}) are left out"
                 )
+        ends = {*params.stop_token_ids, *self.scheduler.eos_token_ids}
+        if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
+            raise ValueError("min_tokens leaves none of the allowed_token_ids to sample, as they all end the output")
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self.tokenizer is None:
                 raise ValueError(f"{name} needs a tokenizer; leave skip_tokenizer_init=True out")
+        if self.config.tensor_parallel_size > 1:
+            check_importable("logits_processors", params.logits_processors or ())
         self.scheduler.check_fits(self._max_num_tokens(prompt_token_ids, params))
         self._grammar(params)
 

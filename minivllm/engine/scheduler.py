@@ -264,7 +264,7 @@ class Scheduler:
             self.stats.num_prompt_tokens += request.num_prompt_tokens
             self.stats.num_cached_tokens += request.num_cached_tokens
         params = request.params
-        stop_token_ids = [*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)]
+        stop_token_ids = [*params.stop_token_ids, *self.eos_token_ids]  # with ignore_eos too, as in vLLM
         batch.admitted.append(
             AdmittedRequest(
                 request.slot,

@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
+from minivllm.backends.base import SPLIT_SIZE
 from minivllm.kernels.device import launch_options, wait_for_inputs
 from minivllm.kernels.inbox import Inbox, places_of_turn, receive, send
 
-SPLIT_SIZE = 4096
 NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 LOG2E = tl.constexpr(1.4426950408889634)
 FIRST_SPLIT = tl.constexpr(1 << 30)  # ids of the noise of splits

@@ -41,10 +41,14 @@ class Fp8Linear(nn.Module):
 
 def quantize_linears(model: nn.Module) -> None:
     """Replace every linear layer inside `model`, once loaded; those directly in it stay, as a head would."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and parent is not model:
-                setattr(parent, name, Fp8Linear(child))
-                del child
-                if torch.cuda.is_initialized():
-                    torch.cuda.empty_cache()  # or smaller tensors settle where the old weight was, and waste the rest
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        if parent is not model
+        for name, child in parent.named_children()
+        if isinstance(child, Linear)
+    ]  # no list of the layers themselves: each is to be freed as soon as it is replaced
+    for parent, name in places:
+        setattr(parent, name, Fp8Linear(getattr(parent, name)))
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # or smaller tensors settle where the old weight was, and waste the rest

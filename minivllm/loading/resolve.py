@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minivllm.inputs import RECOMMENDED
 from minivllm.loading import embedded
 from minivllm.loading.gguf_file import GGUFSource, gguf_tokenizer
 from minivllm.loading.weights import PickleSource, SafetensorsSource, WeightSource
+from minivllm.validation import reject_unknown
 
 _CONFIG_FILES = ["config.json", "generation_config.json", "adapter_config.json"]
 _TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -91,6 +93,7 @@ def sampling_defaults(
         raise ValueError(f"generation_config must be 'auto', 'vllm' or a folder, got {source!r}")
     if not isinstance(override, (Mapping, type(None))):
         raise ValueError(f"override_generation_config must be a dict, got {override!r}")
+    reject_unknown(override or {}, [*RECOMMENDED, "eos_token_id"], "override_generation_config")
     if source == "vllm":
         own = {}
     elif source != "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import signal
 import subprocess
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import TCPStore
 
+from minivllm.child_process import WorkerError as WorkerError
 from minivllm.child_process import start_process
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import ScheduledBatch, StepResult
@@ -26,6 +28,7 @@ ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink is left alone
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
+KILLED = " (killed, as the system does when memory runs out)"
 GRACE_SECONDS = 2.0  # after a worker is gone, for others to say what they know of it
 
 Failure = tuple[int, Exception | None, str]  # rank, an error to be raised as it is, traceback
@@ -65,10 +68,6 @@ class LocalExecutor:
         gc.collect()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-class WorkerError(RuntimeError):
-    """A worker has failed, ended or given no answer in time; the model is lost."""
 
 
 class WorkersExecutor:
@@ -175,7 +174,9 @@ class WorkersExecutor:
         statuses = [process.poll() for process in self._processes]
         self.shutdown()
         ended = [
-            f"worker {rank} has ended with status {code}" for rank, code in enumerate(statuses) if code is not None
+            f"worker {rank} has ended with status {code}{KILLED if code == -signal.SIGKILL else ''}"
+            for rank, code in enumerate(statuses)
+            if code is not None
         ]
         rank, error, trace = failure or (0, None, "")
         self._lost = (

@@ -21,7 +21,7 @@ SLACK_BYTES = 128 << 20  # GPU memory left for fragmentation and what libraries 
 def kv_cache_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, profile: Callable[[], None]) -> int:
     """Blocks of KV cache that fit.  `profile` runs the largest steps; on a GPU their memory is measured and set aside.
 
-    Raises ValueError if not even one block fits.
+    Raises ValueError if not even one block fits, or, on a GPU, if what was asked for does not.
     """
     assert config.max_num_seqs and config.max_model_len
     block_bytes = model.kv_elements_per_token * config.block_size * dtype.itemsize
@@ -38,7 +38,12 @@ def kv_cache_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
                 f"activations leave of gpu_memory_utilization {config.gpu_memory_utilization}; lower it"
             )
     else:
-        available = min(CPU_KV_CACHE_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, useful)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if wanted is not None and wanted > memory:
+            raise ValueError(
+                f"{name} ({wanted / GIB:.2f} GiB) is more than there is ({memory / GIB:.2f} GiB); lower it"
+            )
+        available = min(CPU_KV_CACHE_BYTES, memory // 4, useful)
     num_blocks = (wanted or available) // block_bytes
     if num_blocks < 1:
         raise ValueError(

@@ -78,6 +78,7 @@ class ModelRunner:
             fill_dummy(targets, config.seed)
         else:
             load_weights(targets, weights, self.model.ignores_weight, progress=tp.rank == 0)
+        del targets  # or what is packed or quantized now would stay beside what it is made of
         if config.quantization is not None:
             quantize_linears(self.model)
         self.model.finish_loading()
@@ -324,7 +325,8 @@ class ModelRunner:
 
         The KV cache is a single block here, which is what a block table of zeros names throughout.
         """
-        longest = self.slots.block_table.shape[1] * self.config.block_size
+        longest = self.config.max_model_len
+        assert longest is not None
         batch = ScheduledBatch()
         left = min(self.max_num_tokens, self.slots.padding * longest)
         while left > 0:

@@ -124,6 +124,7 @@ def _join(config: EngineConfig, model_config: ModelConfig, rank: int, port: int)
     sums = open_inbox(min(SENT_ROWS // (size - 1), graph_rows), size - 1, width, dtype.itemsize * 8, rank, size, device)
     draws = open_inbox(decode_rows, size, 4, 32, rank, size, device)
     rows = None
-    if max_num_tokens > graph_rows:
-        rows = RowExchange(rank, size, graph_rows, max_num_tokens, width, dtype, device)
+    more_than = max(graph_rows, size - 1)  # so that each worker has a row
+    if max_num_tokens > more_than:
+        rows = RowExchange(rank, size, more_than, max_num_tokens, width, dtype, device)
     return TensorParallel(rank, size, sums, draws, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import hmac
 import json
@@ -103,6 +104,8 @@ class _Endpoints:
                 return EventStream(work)
             try:
                 answer = await until_disconnect(request.receive, work.answer())
+            except asyncio.CancelledError:
+                raise ApiError(503, "the server is shutting down") from None
             finally:
                 await work.close()
             return Response(status_code=499) if answer is None else JSONResponse(answer)

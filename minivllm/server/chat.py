@@ -68,7 +68,7 @@ class ChatCompletion(Work):
         try:
             prompt = await asyncio.to_thread(
                 self._llm.inputs.preprocess_chat,
-                body.template_messages(),
+                body.messages,
                 chat_template=body.chat_template,
                 add_generation_prompt=body.add_generation_prompt and not continues,
                 continue_final_message=continues,

@@ -5,7 +5,6 @@ A field that is null counts as left out.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -263,28 +262,6 @@ class ChatBody(SamplingBody):
         ]
         calls: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": call}}
         return StructuredOutputsParams(json=calls | ({} if self.parallel_tool_calls else {"maxItems": 1}))
-
-    def template_messages(self) -> list[dict[str, Any]]:
-        """The messages as chat templates want them: the arguments of earlier calls as objects."""
-        messages = []
-        for message in self.messages:
-            calls = []
-            given = message.get("tool_calls") or []
-            if not isinstance(given, list) or not all(
-                isinstance(call, dict) and isinstance(call.get("function"), dict) for call in given
-            ):
-                raise ApiError(400, "messages: tool_calls must be a list of calls, each with a function", "messages")
-            for call in given:
-                function = dict(call["function"])
-                if isinstance(function.get("arguments"), str):
-                    try:
-                        function["arguments"] = json.loads(function["arguments"] or "{}")
-                    except (ValueError, RecursionError):
-                        raise ApiError(400, "messages: a tool call's arguments are not JSON", "messages") from None
-                calls.append({**call, "function": function})
-            own = {**message, "tool_calls": calls} if calls else message
-            messages.append(own if own.get("content") is not None else {**own, "content": ""})
-        return messages
 
 
 class TokenizeBody(Body):
