@@ -5,6 +5,7 @@ import gc
 import inspect
 import math
 import textwrap
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from minivllm import LLM, SamplingParams
 from minivllm.backends import make_backend
+from minivllm.layers import fp8_linear
 from minivllm.layers.fp8_linear import Fp8Linear, quantize_linears
 from minivllm.layers.linear import Linear
 
@@ -61,26 +63,43 @@ def test_weights_are_freed_before_the_kv_cache_is_sized(make, monkeypatch, quant
 
     live = []
 
-    def measure(*arguments):
+    def matrices():
         gc.collect()
-        live.append(
-            {id(t.untyped_storage()): t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.ndim == 2}
-        )
+        return {id(t): t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.ndim == 2}
+
+    def measure(*arguments):
+        live.append(matrices())
         return kv_cache_blocks(*arguments)
 
     kv_cache_blocks = model_runner.kv_cache_blocks
     monkeypatch.setattr(model_runner, "kv_cache_blocks", measure)
-    before = {id(t) for t in gc.get_objects() if isinstance(t, torch.Tensor)}
-    with make(quantization=quantization, backend="torch") as llm:
-        model = llm._executor.runner.model
-        own = {id(t) for module in model.modules() for t in vars(module).values() if isinstance(t, torch.Tensor)}
-        own |= {id(parameter) for parameter in model.parameters()}
-        config = llm.model_config
-        matrices = [
-            t for t in live[0].values()
-            if id(t) not in own | before and config.hidden_size in t.shape and t.numel() > 2 * config.hidden_size
-        ]  # fmt: skip
-        assert not matrices, [tuple(t.shape) for t in matrices]
+    before = matrices()
+    with make(quantization=quantization) as llm:
+        model, size = llm._executor.runner.model, llm.model_config.hidden_size
+        own = {id(t) for module in model.modules() for t in vars(module).values()} | set(map(id, model.parameters()))
+        left = [t for key, t in live[0].items() if key not in own and key not in before and size in t.shape]
+        assert not left, [tuple(t.shape) for t in left]
+
+
+def test_layers_are_freed_one_by_one(monkeypatch):
+    """Or the weights would be there twice for a while."""
+    replaced = []
+
+    class Watched(Fp8Linear):
+        def __init__(self, linear):
+            assert all(layer() is None for layer in replaced)
+            replaced.append(weakref.ref(linear))
+            super().__init__(linear)
+
+    monkeypatch.setattr(fp8_linear, "Fp8Linear", Watched)
+    model = nn.Module()
+    model.inner = nn.Module()
+    for name in "abc":
+        made = Linear(16, 16, False, make_backend("torch"), torch.float32, torch.device("cpu"))
+        setattr(model.inner, name, made)
+    del made
+    quantize_linears(model)
+    assert len(replaced) == 3 and all(isinstance(layer, Watched) for layer in model.inner.children())
 
 
 def test_every_linear_layer_but_the_lm_head_is_quantized():

@@ -207,7 +207,7 @@ def refused(llm, message):
         ({"prompt": [1, 2]}, {}, r'"prompt" must be text'),
         ({"prompt": 5, "prompt_token_ids": [1]}, {}, r'"prompt" must be text'),
         ({"prompt_token_ids": "abc"}, {}, r'"prompt_token_ids" must be token ids'),
-        (["ok", "\ud800a"], {}, r"prompts\[1\]: a prompt must be text, and has half a surrogate pair at 0"),
+        (["\ud800a", "ok"], {}, r"prompts\[0\]: a prompt must be text, and has half a surrogate pair at 0"),
         ([{}], {}, 'a prompt dict has "prompt" or "prompt_token_ids"'),
         ([{"prompt_token_ids": [1], "multi_modal_data": 1}], {}, "multi_modal_data"),
         ({"prompt": None}, {}, "a prompt must be text"),
