@@ -97,7 +97,7 @@ class LLM:
         self._request_ids = itertools.count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request: the outputs its call has not taken yet
         self._is_shut_down = False
-        self._lock = threading.RLock()  # of the engine and the inboxes
+        self._lock = threading.RLock()  # of the engine, the inboxes and the tokenizer
 
     def generate(
         self,
@@ -175,7 +175,8 @@ class LLM:
     def preprocess_chat(self, messages: Sequence[Message], **options: Any) -> Prompt:
         """The prompt that `chat` makes of a conversation, as `generate` and `stream` take it; options as for
         `InputProcessor.preprocess_chat`."""
-        return self.inputs.preprocess_chat(messages, **options)
+        with self._lock:
+            return self.inputs.preprocess_chat(messages, **options)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False, **more: Any
@@ -268,8 +269,9 @@ class LLM:
             if not isinstance(params, SamplingParams):
                 raise ValueError(f"sampling_params[{i}] must be a SamplingParams, got {type(params).__name__}")
             try:
-                request = self.inputs.check(prompt, params, output_kind)
-                self.engine.check_request(*request[:2])
+                with self._lock:  # tokenizers are not made for several threads
+                    request = self.inputs.check(prompt, params, output_kind)
+                    self.engine.check_request(*request[:2])
             except ValueError as error:
                 raise ValueError(f"prompts[{i}]: {error}") from None
             checked.append(request)
@@ -299,7 +301,7 @@ class LLM:
             unfinished = set(request_ids)
             while unfinished:
                 with _deferred_interrupt(), self._lock:
-                    if unfinished & self.engine.request_ids:
+                    if not unfinished.isdisjoint(self.engine.request_ids):  # or another thread has ended them
                         for output in self.engine.step():
                             if output.request_id in self._inboxes:
                                 self._inboxes[output.request_id].append(output)
