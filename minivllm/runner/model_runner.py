@@ -339,7 +339,7 @@ class ModelRunner:
             left -= num_tokens
         self.execute(batch).wait()
         size = self.sizes[-1] if self.sizes else self.slots.padding
-        logits = self._whole(self._decode(self._decode_padding(size))[1])
+        logits = self._whole(self._decode(self._decode_padding(size), np.zeros(size, np.int32))[1])
         ones = torch.ones(size, device=self.device)
         self.backend.truncate(logits.float(), ones, ones.int(), ones, ones)
         if use_graphs:
