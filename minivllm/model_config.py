@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from minivllm.validation import check_int
+
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 # What a config.json leaves out because it is the default of its kind of model.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": dict(use_sliding_window=False, max_window_layers=28),
-    "qwen3": dict(use_sliding_window=False, max_window_layers=28),
+    "qwen3": dict(use_sliding_window=False, max_window_layers=28, head_dim=128),
+    "phi3": dict(rms_norm_eps=1e-5),
     "gemma2": dict(
         tie_word_embeddings=True, head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
         sliding_window=4096, sliding_window_pattern=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
@@ -43,6 +46,9 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("short_factor", "long_factor", "factor", "original_max_position_embeddings"), ("attention_factor",)
     ),
 }  # fmt: skip
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +84,17 @@ class RopeConfig:
         if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1, 1.0):
             raise ValueError("partial_rotary_factor is not supported; only models that rotate whole heads are")
         max_position_embeddings = hf.get("max_position_embeddings", 2048)
-        rope.setdefault("original_max_position_embeddings", hf.get("original_max_position_embeddings"))
-        if kind == "longrope" and rope["original_max_position_embeddings"]:
-            rope.setdefault("factor", max_position_embeddings / rope["original_max_position_embeddings"])
+        original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = original
+        if kind == "longrope" and original and rope.get("factor") is None:
+            rope["factor"] = max_position_embeddings / original
         needed, optional = ROPE_FIELDS[kind]
         missing = [name for name in needed if rope.get(name) is None]
         if missing:
             raise ValueError(f"the config's {kind} RoPE settings lack {', '.join(missing)}")
         values: dict[str, Any] = {name: rope.get(name) for name in (*needed, *optional)}
+        if values.get("factor") is not None:
+            _check_positive("RoPE's factor", values["factor"])
         for name in ("short_factor", "long_factor"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
@@ -170,14 +179,17 @@ class ModelConfig:
 
         Raises ValueError for what would run wrongly: a missing field, quantized weights, an unsupported activation.
         """
-        hf = {**DEFAULTS.get(hf.get("model_type", ""), {}), **hf}
+        absent = [name for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta") if hf.get(name) is None]
+        hf = {**DEFAULTS.get(hf.get("model_type", ""), {}), **{k: v for k, v in hf.items() if k not in absent}}
+        _check_types(hf)
+        if hf.get("rope_parameters") and hf.get("rope_scaling"):
+            hf["rope_parameters"] = _scaled(hf["rope_parameters"], hf["rope_scaling"])
         architectures = hf.get("architectures") or ["(none)"]
         quantization = hf.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", "unknown")
             raise ValueError(f"checkpoints quantized with {method!r} are not supported; use the unquantized model")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [name for name in needed if not hf.get(name)]
+        missing = [name for name in SIZES if not hf.get(name)]
         if missing:
             raise ValueError(f"config.json of a {architectures[0]} lacks {', '.join(missing)}")
         activation = hf.get("hidden_activation") or hf.get("hidden_act", "silu")
@@ -196,7 +208,7 @@ class ModelConfig:
         dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         return cls(
             architecture=architectures[0],
-            **{name: hf[name] for name in needed},
+            **{name: hf[name] for name in SIZES},
             num_key_value_heads=kv_heads,
             head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
             max_position_embeddings=rope.num_positions,
@@ -223,14 +235,29 @@ def _ropes(hf: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
     """That of the layers, and that of those with a sliding window if it is another."""
     by_type = hf.get("rope_parameters") or {}
     if by_type.keys() == {"full_attention", "sliding_attention"}:  # transformers 5
-        full, local = (
-            RopeConfig.from_hf({**hf, "rope_parameters": by_type[kind]})
-            for kind in ("full_attention", "sliding_attention")
-        )
-        return full, local
+        theta = hf.get("rope_local_base_freq", hf.get("rope_theta", 10000.0))
+        full, local = ({**hf, "rope_parameters": by_type[kind]} for kind in ("full_attention", "sliding_attention"))
+        return RopeConfig.from_hf(full), RopeConfig.from_hf(local | {"rope_theta": theta})
     rope = RopeConfig.from_hf(hf)
     theta = None if by_type else hf.get("rope_local_base_freq")  # transformers 4
     return rope, None if theta is None else RopeConfig(theta=float(theta))
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_types(hf: Mapping[str, Any]) -> None:
+    for name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if hf.get(name) is not None:
+            check_int(f"config.json: {name}", hf[name], 1)
+    for name in ("rms_norm_eps", "rope_theta"):
+        if hf.get(name) is not None:
+            _check_positive(f"config.json: {name}", hf[name])
+    for name in ("rope_scaling", "rope_parameters", "quantization_config"):
+        if not isinstance(hf.get(name), (Mapping, type(None))):
+            raise ValueError(f"config.json: {name} must be an object, got {hf[name]!r}")
 
 
 def _sliding_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -255,16 +282,25 @@ def _token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def _scaled(rope: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` with the scaling of `rope_scaling`: as in transformers 5, of the layers without a window."""
+    if "full_attention" in rope:
+        return {**rope, "full_attention": _scaled(rope["full_attention"], scaling)}
+    return {name: value for name, value in rope.items() if name == "rope_theta"} | dict(scaling)
+
+
 def override(hf: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with `changes`.  RoPE settings may have the names of transformers 4 or 5, whichever it has."""
     if not isinstance(changes, Mapping):
         raise ValueError(f"hf_overrides must be a dict of entries of config.json, got {changes!r}")
     config = {**hf, **changes}
+    old, new = hf.get("rope_parameters") or {}, changes.get("rope_parameters")
+    if isinstance(new, Mapping) and "rope_theta" in old and not any(isinstance(one, Mapping) for one in new.values()):
+        config["rope_parameters"] = {"rope_theta": old["rope_theta"], **new}
     if "rope_parameters" in hf and "rope_parameters" not in changes:
         rope = dict(hf["rope_parameters"] or {})
         if "rope_scaling" in changes:
-            theta = {name: value for name, value in rope.items() if name == "rope_theta"}
-            rope = theta | dict(changes["rope_scaling"] or {})
+            rope = _scaled(rope, changes["rope_scaling"] or {"rope_type": "default"})
         if "rope_theta" in changes:
             rope["rope_theta"] = changes["rope_theta"]
         config["rope_parameters"] = rope

@@ -32,7 +32,7 @@ from minivllm.loading import (
     load_weights,
     resolve,
 )
-from minivllm.model_config import ModelConfig
+from minivllm.model_config import ModelConfig, override
 from minivllm.models import model_class
 
 ROOT = Path(__file__).parents[1]  # so that a subprocess finds minivllm, installed or not
@@ -983,3 +983,60 @@ def test_what_a_qwen_config_leaves_out():
     hub = dict(shape, architectures=["Qwen2ForCausalLM"], model_type="qwen2", sliding_window=512)
     assert ModelConfig.from_hf(hub).sliding_windows == ()
     assert ModelConfig.from_hf(hub | dict(use_sliding_window=True)).sliding_windows == (None,) * 28 + (512,) * 2
+
+
+SHAPE = dict(vocab_size=90, hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+
+
+def test_rope_scaling_beside_rope_parameters():
+    """As one who follows a model card edits what transformers 5 has written; or overrides it."""
+    hub = dict(SHAPE, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    parameters = dict(rope_type="default", rope_theta=77.0)
+    edited = ModelConfig.from_hf(hub | dict(rope_parameters=parameters, rope_scaling=YARN)).rope
+    assert (edited.type, edited.factor, edited.theta) == ("yarn", 4.0, 77.0)
+    for changes in (dict(rope_scaling=YARN), dict(rope_parameters=YARN)):
+        rope = ModelConfig.from_hf(override(hub | dict(rope_parameters=parameters), changes)).rope
+        assert (rope.type, rope.theta) == ("yarn", 77.0)
+    gemma = dict(SHAPE, architectures=["Gemma3ForCausalLM"], model_type="gemma3_text")
+    by_type = dict(full_attention=dict(rope_theta=1e3), sliding_attention=dict(rope_theta=50.0))
+    scaling = dict(rope_type="linear", factor=2.0)
+    for hf in (
+        gemma | dict(rope_parameters=by_type, rope_scaling=scaling),
+        override(gemma | dict(rope_parameters=by_type), dict(rope_scaling=scaling)),
+    ):
+        config = ModelConfig.from_hf(hf)
+        assert (config.rope.type, config.rope.factor, config.rope.theta) == ("linear", 2.0, 1e3)
+        assert (config.local_rope.type, config.local_rope.theta) == ("default", 50.0)
+    by_type = dict(full_attention=dict(rope_type="default"), sliding_attention=dict(rope_type="default"))
+    config = ModelConfig.from_hf(gemma | dict(rope_parameters=by_type))
+    assert (config.rope.theta, config.local_rope.theta) == (1e6, 1e4)
+
+
+def test_what_is_said_twice_or_left_out():
+    llama = dict(SHAPE, architectures=["LlamaForCausalLM"], model_type="llama")
+    config = ModelConfig.from_hf(llama | dict(rope_scaling=YARN, original_max_position_embeddings=16))
+    assert config.rope.original_max_position_embeddings == 16, "as in transformers"
+    config = ModelConfig.from_hf(llama | dict(rms_norm_eps=None, rope_theta=None, max_position_embeddings=None))
+    assert (config.rms_norm_eps, config.rope.theta, config.max_position_embeddings) == (1e-6, 1e4, 2048)
+    assert ModelConfig.from_hf(llama | dict(model_type="phi3")).rms_norm_eps == 1e-5
+    assert ModelConfig.from_hf(llama | dict(model_type="qwen3")).head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(hidden_size="64"), "config.json: hidden_size must be an integer"),
+        (dict(num_key_value_heads="2"), "config.json: num_key_value_heads must be an integer"),
+        (dict(rms_norm_eps="a"), "config.json: rms_norm_eps must be a positive number"),
+        (dict(rope_theta=-1.0), "config.json: rope_theta must be a positive number"),
+        (dict(rope_scaling="yarn"), "config.json: rope_scaling must be an object"),
+        (dict(quantization_config="fp8"), "config.json: quantization_config must be an object"),
+        (dict(rope_scaling=dict(type="linear", factor="4")), "RoPE's factor must be a positive number"),
+        (dict(rope_scaling=dict(type="linear", factor=0)), "RoPE's factor must be a positive number"),
+    ],
+    ids=str,
+)
+def test_entries_of_the_wrong_kind(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(dict(SHAPE, architectures=["LlamaForCausalLM"], model_type="llama") | change)
