@@ -305,7 +305,8 @@ class LLM:
                         for output in self.engine.step():
                             if output.request_id in self._inboxes:
                                 self._inboxes[output.request_id].append(output)
-                    unfinished &= self.engine.request_ids  # those that ended or were aborted are gone
+                    if inbox or unfinished.isdisjoint(self.engine.request_ids):
+                        unfinished &= self.engine.request_ids  # those that ended or were aborted are gone
                 while inbox:
                     yield inbox.popleft()
         finally:

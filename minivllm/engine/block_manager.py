@@ -95,7 +95,8 @@ class BlockManager:
 
     def publish(self, request: Request) -> None:
         """Enter the request's full blocks, of known tokens and computed, into the prefix cache."""
-        if not self.enable_prefix_caching:
+        next_full = (request.num_published_blocks + 1) * self.block_size
+        if not self.enable_prefix_caching or request.num_computed_tokens < next_full:
             return
         num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
         if num_full <= request.num_published_blocks:

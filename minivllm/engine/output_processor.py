@@ -77,7 +77,8 @@ class OutputProcessor:
         changed: dict[str, list[Sample]] = {}
         for request in requests:
             group, sample = self._places[request]
-            self._add_logprobs(sample)  # each step's own: at the end, all at once would hold up the next step
+            if request.logprobs:
+                self._add_logprobs(sample)  # each step's own: at the end, all at once would hold up the next step
             if not request.finished and _is_to_wait(sample):
                 continue
             changed.setdefault(group.request_id, []).append(sample)
@@ -125,7 +126,7 @@ class OutputProcessor:
         delta = request.params.output_kind == RequestOutputKind.DELTA
         begin = sample.num_reported_tokens if delta else 0
         sample.num_reported_tokens = request.num_output_tokens
-        token_ids = request.output_token_ids[begin:]
+        token_ids = request.token_ids[request.num_prompt_tokens + begin :]
         text = ""
         if sample.detokenizer is not None:
             self._detokenize(request, sample.detokenizer)
@@ -151,10 +152,11 @@ class OutputProcessor:
         """Bring the text up to date.  A token that ended the output is no part of it, unless asked for."""
         if request.finish_reason == "stop" and isinstance(request.stop_reason, str):
             return  # the text ends there
-        token_ids = request.output_token_ids
+        end = len(request.token_ids)
         if request.finish_reason == "stop" and not request.params.include_stop_str_in_output:
-            token_ids.pop()
-        detokenizer.append(token_ids[detokenizer.num_tokens :], request.finished)
+            end -= 1
+        begin = request.num_prompt_tokens + detokenizer.num_tokens
+        detokenizer.append(request.token_ids[begin:end], request.finished)
 
     def _add_logprobs(self, sample: Sample) -> None:
         """Take those of the newest tokens from the request."""

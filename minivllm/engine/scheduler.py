@@ -101,8 +101,9 @@ class Scheduler:
         while i < len(self.running) and budget > 0:
             request = self.running[i]
             i += 1
-            num_new = min(request.num_tokens - request.num_computed_tokens, budget)
-            if num_new <= 0 or request.num_tokens >= request.max_num_tokens:
+            num_tokens = request.num_tokens
+            num_new = min(num_tokens - request.num_computed_tokens, budget)
+            if num_new <= 0 or num_tokens >= request.max_num_tokens:
                 continue  # its last token is in flight
             if self.window is not None:
                 self.block_manager.drop(request, request.num_computed_tokens - self.window + 1)

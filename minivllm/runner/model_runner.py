@@ -203,7 +203,7 @@ class ModelRunner:
         for request in batch.admitted:
             if self.slots.remembers[request.slot]:
                 if self.history is None:
-                    num_slots, longest = self.last_token.shape[0], self.config.max_model_len
+                    num_slots, longest = len(self.slots.block_table), self.config.max_model_len
                     assert longest is not None
                     self.history = torch.zeros(num_slots, longest, dtype=torch.int32, device=self.device)
                 tokens = to_device(self.slots.token_ids[request.slot], self.device)
