@@ -11,15 +11,16 @@ import asyncio
 import contextlib
 import itertools
 import os
+import pickle
 import socket
 import subprocess
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minivllm.child_process import check_importable, start_process
 from minivllm.engine_process import EngineFacts, Packed, unpack
@@ -30,6 +31,7 @@ from minivllm.outputs import CompletionOutput, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
 SHUTDOWN_SECONDS = 10.0
+Result = TypeVar("Result")
 
 
 class EngineDeadError(RuntimeError):
@@ -98,7 +100,8 @@ class OutputStream:
         """Abort the request if it is unfinished."""
         if not self._finished:
             self._finished = True
-            await self._llm.abort(self.request_id)
+            if self._llm.is_running(self):
+                await self._llm.abort(self.request_id)
 
 
 def merge(outputs: list[RequestOutput]) -> RequestOutput:
@@ -205,21 +208,23 @@ class AsyncLLM:
         """
         if self.errored:
             raise self.dead_error()
-        loop = asyncio.get_running_loop()
         params = SamplingParams(**self.inputs.default_options()) if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
         check_importable("logits_processors", params.logits_processors or ())
         final = params.output_kind == RequestOutputKind.FINAL_ONLY
         kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
-        token_ids, sent, text = await loop.run_in_executor(self._tokenizing, self.inputs.check, prompt, params, kind)
+        if isinstance(prompt, (list, tuple)):  # need not wait for others' texts
+            token_ids, sent, text = self.inputs.check(prompt, params, kind)
+        else:
+            token_ids, sent, text = await self.with_tokenizer(self.inputs.check, prompt, params, kind)
         request_id = uuid.uuid4().hex if request_id is None else request_id
         if request_id in self._streams:
             raise ValueError(f"request_id {request_id!r} is in use; choose another")
         stream = OutputStream(self, request_id, text, token_ids, params)
         self._streams[request_id] = stream
         try:
-            self._send("add", request_id, token_ids, sent, text)
+            self._send("add", request_id, token_ids, pickle.dumps(sent), text)
             await stream.accepted
         except asyncio.CancelledError:
             await self.abort(request_id)
@@ -254,6 +259,15 @@ class AsyncLLM:
     async def check_integrity(self) -> None:
         """Raise RuntimeError if a request, slot or KV block has been lost.  Meant for tests."""
         await self._call("check_integrity")
+
+    async def with_tokenizer(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What the function returns, run where the tokenizer is used by one at a time, and long texts hold up nobody
+        else."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
+
+    def is_running(self, stream: OutputStream) -> bool:
+        """Whether outputs of this very request may still come."""
+        return self._streams.get(stream.request_id) is stream
 
     def get_metrics(self) -> list[Metric]:
         """The engine's figures after its last step, under vLLM's names."""
@@ -328,7 +342,8 @@ class AsyncLLM:
                         if (stream := self._streams.get(packed[0])) is not None:
                             loops.setdefault(stream.loop, []).append(packed)
                     for loop, own in loops.items():
-                        _post(loop, self._deliver, own)
+                        if not _post(loop, self._deliver, own):
+                            self._forget([packed[0] for packed in own])
                 elif word == "added":
                     if (stream := self._streams.get(content[0])) is not None:
                         _post(stream.loop, self._accept, *content)
@@ -354,6 +369,13 @@ class AsyncLLM:
             if stream is not None:
                 stream.put(packed)
 
+    def _forget(self, request_ids: list[str]) -> None:
+        """End requests whose event loop is closed."""
+        for request_id in request_ids:
+            self._streams.pop(request_id, None)
+        with contextlib.suppress(EngineDeadError):
+            self._send("abort", request_ids)
+
     def _accept(self, request_id: str, wrong: str | None) -> None:
         stream = self._streams.get(request_id) if wrong is None else self._streams.pop(request_id, None)
         if stream is not None:
@@ -369,7 +391,10 @@ def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) ->
         future.set_result(value)
 
 
-def _post(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> None:
-    """Have the loop call this; a loop that is closed has nobody left who waits."""
-    with contextlib.suppress(RuntimeError):
+def _post(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> bool:
+    """Have the loop call this; False if it is closed, where nobody is left who waits."""
+    try:
         loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        return False
+    return True

@@ -4,7 +4,8 @@ Its parent (`AsyncLLM`) starts it and talks to it over one connection.  Commands
 entry a word; threads of their own read and write them, so the loop below never waits for the other side:
 
     model, arguments: the first of all           ->  ready  EngineFacts; or failed  error or None, traceback
-    add  request_id, token_ids, params, prompt   ->  added  request_id, what is wrong with it or None
+    add  request_id, token_ids, pickled params, prompt
+                                                 ->  added  request_id, what is wrong with it or None
     abort  request_ids
     call  call_id, name                          ->  result  call_id, value, error or None
     a step has outputs                           ->  outputs  [packed RequestOutput, …], metrics
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import queue
 import threading
 import time
@@ -80,12 +82,12 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._reported = 0.0
+        self._sender = threading.Thread(target=self._send, daemon=True)
 
     def run(self) -> None:
         """Never returns but by a failure of the engine, of which the parent is told."""
         threading.Thread(target=self._receive, daemon=True).start()
-        sender = threading.Thread(target=self._send, daemon=True)
-        sender.start()
+        self._sender.start()
         try:
             while True:
                 idle = not self._engine.has_unfinished_requests()
@@ -96,9 +98,7 @@ class EngineLoop:
                 if self._engine.has_unfinished_requests():
                     self._report(self._engine.step())
         except BaseException:
-            self._messages.put(("dead", traceback.format_exc()))
-            self._messages.put(None)
-            sender.join()
+            self._say_dead()
             raise
 
     def _do(self, word: str, *arguments: Any) -> None:
@@ -106,8 +106,8 @@ class EngineLoop:
             request_id, token_ids, params, prompt = arguments
             wrong = None
             try:
-                self._engine.add_request(request_id, token_ids, params, prompt)
-            except Exception as error:  # whatever a tokenizer or a grammar comes to: the others go on
+                self._engine.add_request(request_id, token_ids, pickle.loads(params), prompt)
+            except Exception as error:  # whatever functions, a tokenizer or a grammar come to: the others go on
                 wrong = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             self._messages.put(("added", request_id, wrong))
         elif word == "abort":
@@ -135,9 +135,16 @@ class EngineLoop:
         except (EOFError, OSError):
             self._engine.executor.shutdown()  # workers end with it
             os._exit(0)  # the parent is gone, or wants no more
-        except Exception:  # what was sent cannot be read here: a function of the caller's script, say
-            self._messages.put(("dead", traceback.format_exc()))
-            self._messages.put(None)
+        except Exception:  # what was sent cannot be read
+            self._say_dead()
+            self._engine.executor.shutdown()
+            os._exit(1)
+
+    def _say_dead(self) -> None:
+        """Of the error at hand, and of nothing after it."""
+        self._messages.put(("dead", traceback.format_exc()))
+        self._messages.put(None)
+        self._sender.join()
 
     def _send(self) -> None:
         try:

@@ -171,6 +171,48 @@ def test_a_dead_engine_is_an_error_for_everybody(tiny):
         asyncio.run(run())
 
 
+def test_functions_that_the_engine_cannot_import_harm_nobody_else(tiny, tmp_path, monkeypatch):
+    """Here of a module that is found in this process alone."""
+    (tmp_path / "only_here.py").write_text("def keep(token_ids, logits):\n    return logits\n")
+    with AsyncLLM(tiny("mha"), **OPTIONS) as llm:
+        monkeypatch.syspath_prepend(str(tmp_path))
+        import only_here
+
+        async def run():
+            with pytest.raises(ValueError, match="No module named 'only_here'"):
+                await llm.add_request([1, 2], SamplingParams(logits_processors=[only_here.keep]))
+            assert (await last(llm.generate([1, 2], SamplingParams(max_tokens=3)))).finished and not llm.errored
+
+        asyncio.run(run())
+
+
+def test_closing_an_old_stream_leaves_a_newer_one_of_its_name_alone(llm):
+    async def run():
+        old = await llm.add_request([1, 2], SamplingParams(max_tokens=1), "a")
+        await idle(llm)
+        new = await llm.add_request([1, 2], SamplingParams(max_tokens=60, ignore_eos=True), "a")
+        await old.aclose()
+        output = await last(new)
+        assert output.outputs[0].finish_reason == "length"
+        await idle(llm)
+
+    asyncio.run(run())
+
+
+def test_requests_of_a_closed_event_loop_are_forgotten(llm):
+    asyncio.run(llm.add_request([1, 2], SamplingParams(max_tokens=200, ignore_eos=True), "left"))
+
+    async def run():
+        for _ in range(100):
+            if llm.num_unfinished == 0:
+                break
+            await asyncio.sleep(0.05)
+        await idle(llm)
+        assert (await last(llm.generate([1, 2], SamplingParams(max_tokens=2), "left"))).finished
+
+    asyncio.run(run())
+
+
 def test_a_failing_step_reaches_the_caller_with_its_traceback(tiny):
     with AsyncLLM(tiny("mha"), **OPTIONS) as llm:
         params = SamplingParams(max_tokens=5, logits_processors=[fail])

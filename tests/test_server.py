@@ -515,14 +515,16 @@ def test_requests_that_outlast_the_grace_period_hear_of_it(tiny):
     async def run():
         async with aiohttp.ClientSession() as session:
             body = dict(prompt=[1, 2, 3], max_tokens=7900, ignore_eos=True)
+            stream = asyncio.ensure_future(session.post(url + "/v1/completions", json=body | dict(stream=True)))
             answer = asyncio.ensure_future(session.post(url + "/v1/completions", json=body))
             await asyncio.sleep(0.3)
             process.send_signal(signal.SIGTERM)
-            async with await answer as response:
-                return response.status, await response.json()
+            async with await answer as response, await stream as streamed:
+                return response.status, await response.json(), (await streamed.read()).decode()
 
-    status, answer = asyncio.run(run())
+    status, answer, streamed = asyncio.run(run())
     assert status == 503 and "shutting down" in answer["error"]["message"]
+    assert "shutting down" in streamed.split("data: ")[-2] and streamed.endswith("data: [DONE]\n\n")
     assert process.wait(10) == 0 and "Traceback" not in process.stderr.read()
     process.stderr.close()
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ import minivllm
 from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.server.chat import ChatCompletion
 from minivllm.server.completions import Completion
-from minivllm.server.errors import ApiError, from_validation
+from minivllm.server.errors import ApiError, from_validation, shutting_down
 from minivllm.server.metrics import ServerMetrics
 from minivllm.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from minivllm.server.service import EventStream, ServerOptions, Service, Work, until_disconnect
@@ -99,15 +100,16 @@ class _Endpoints:
         async def endpoint(request: Request) -> Response:
             body = await self._body(request, body_class)
             work = kind(self._service, body)
-            await work.start()
-            if body.stream:  # type: ignore[attr-defined]
-                return EventStream(work)
             try:
-                answer = await until_disconnect(request.receive, work.answer())
+                await work.start()
+                if body.stream:  # type: ignore[attr-defined]
+                    return EventStream(work)
+                try:
+                    answer = await until_disconnect(request.receive, work.answer())
+                finally:
+                    await work.close()
             except asyncio.CancelledError:
-                raise ApiError(503, "the server is shutting down") from None
-            finally:
-                await work.close()
+                raise shutting_down() from None
             return Response(status_code=499) if answer is None else JSONResponse(answer)
 
         return endpoint
@@ -136,12 +138,14 @@ class _Endpoints:
         try:
             tokenizer = self._llm.get_tokenizer()
             if body.messages is not None:
-                prompt: Any = self._llm.inputs.preprocess_chat(
-                    body.messages, add_generation_prompt=body.add_generation_prompt
+                render = partial(
+                    self._llm.inputs.preprocess_chat, body.messages, add_generation_prompt=body.add_generation_prompt
                 )
+                prompt: Any = await self._llm.with_tokenizer(render)
                 tokens = prompt["prompt_token_ids"]
             elif body.prompt is not None:
-                tokens = tokenizer(body.prompt, add_special_tokens=body.add_special_tokens).input_ids
+                tokenize = partial(tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)
+                tokens = (await self._llm.with_tokenizer(tokenize)).input_ids
             else:
                 raise ValueError("prompt or messages must be given")
         except ValueError as error:
@@ -154,7 +158,8 @@ class _Endpoints:
         body = await self._body(request, DetokenizeBody)
         self._service.check_model(body.model)
         try:
-            return JSONResponse({"prompt": self._llm.get_tokenizer().decode(body.tokens)})
+            text = await self._llm.with_tokenizer(self._llm.get_tokenizer().decode, body.tokens)
+            return JSONResponse({"prompt": text})
         except (ValueError, OverflowError, IndexError) as error:
             raise ApiError(400, f"tokens: {error}", "tokens") from None
 
@@ -185,7 +190,7 @@ class _Endpoints:
         if size > limit:
             raise ApiError(413, f"the body has more than {limit} bytes", headers={"Connection": "close"})
         try:
-            value = json.loads(content)
+            value = json.loads(content.decode())
             if b"\\ud" in content.lower():  # half a character is none, and cannot be written
                 json.dumps(value, ensure_ascii=False).encode()
             return body_class.model_validate(value)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from minivllm.outputs import CompletionOutput, Logprob
@@ -66,7 +66,7 @@ class ChatCompletion(Work):
             None if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
         )
         try:
-            prompt = await asyncio.to_thread(
+            render = partial(
                 self._llm.inputs.preprocess_chat,
                 body.messages,
                 chat_template=body.chat_template,
@@ -75,6 +75,7 @@ class ChatCompletion(Work):
                 tools=tools or None,
                 chat_template_kwargs=body.chat_template_kwargs,
             )
+            prompt = await self._llm.with_tokenizer(render)
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from None
         self._running = await self._service.start([prompt], self._params, self._id, "messages")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Any
 
 from minivllm.inputs import Prompt
@@ -37,7 +38,7 @@ class Completion(Work):
         self._prompt_logprobs: dict[int, Any] = {}  # by prompt; they come once
 
     async def start(self) -> None:
-        prompts: list[Prompt] = [self._prompt(prompt) for prompt in self._body.prompts()]
+        prompts: list[Prompt] = [await self._prompt(prompt) for prompt in self._body.prompts()]
         self._running = await self._service.start(prompts, self._params, self._id, "prompt")
 
     async def answer(self) -> dict[str, Any]:
@@ -76,9 +77,10 @@ class Completion(Work):
         finally:
             await outputs.aclose()
 
-    def _prompt(self, prompt: str | list[int]) -> Prompt:
+    async def _prompt(self, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str) and not self._body.add_special_tokens:
-            ids = self._llm.get_tokenizer()(prompt, add_special_tokens=False).input_ids
+            tokenize = partial(self._llm.get_tokenizer(), prompt, add_special_tokens=False)
+            ids = (await self._llm.with_tokenizer(tokenize)).input_ids
             return {"prompt": prompt, "prompt_token_ids": ids}
         return prompt
 

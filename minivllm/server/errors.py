@@ -45,6 +45,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers)
 
 
+def shutting_down() -> ApiError:
+    """What requests hear that outlast the grace period."""
+    return ApiError(503, "the server is shutting down")
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """A 400 that names the first wrong field."""
     errors = error.errors()

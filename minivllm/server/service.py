@@ -19,7 +19,7 @@ from minivllm.async_llm import AsyncLLM, EngineDeadError, OutputStream
 from minivllm.inputs import Prompt
 from minivllm.outputs import Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
-from minivllm.server.errors import ApiError
+from minivllm.server.errors import ApiError, shutting_down
 from minivllm.server.metrics import RequestWatch, ServerMetrics
 from minivllm.server.protocol import SamplingBody
 
@@ -226,22 +226,30 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await until_disconnect(receive, self._write(send))
+        except asyncio.CancelledError:
+            await self._end(send, shutting_down())
         finally:
             await self._work.close()
 
     async def _write(self, send: Send) -> None:
-        def event(content: str) -> Message:
-            return {"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": True}
-
         try:
             async with aclosing(self._work.events()) as events:
                 async for content in events:
-                    await send(event(json.dumps(content, ensure_ascii=False, separators=(",", ":"))))
-        except (EngineDeadError, ApiError) as error:  # the status has been sent already
-            failure = error if isinstance(error, ApiError) else ApiError(500, str(error))
-            await send(event(json.dumps(failure.body())))
-        await send(event("[DONE]"))
+                    await send(_event(json.dumps(content, ensure_ascii=False, separators=(",", ":"))))
+        except (EngineDeadError, ApiError) as error:
+            await self._end(send, error if isinstance(error, ApiError) else ApiError(500, str(error)))
+        else:
+            await self._end(send)
+
+    async def _end(self, send: Send, failure: ApiError | None = None) -> None:
+        if failure is not None:  # the status has been sent already
+            await send(_event(json.dumps(failure.body())))
+        await send(_event("[DONE]"))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _event(content: str) -> Message:
+    return {"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": True}
 
 
 def prompt_logprobs_json(entries: Sequence[dict[int, Logprob] | None] | None) -> list[Any] | None:
