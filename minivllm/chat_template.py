@@ -65,10 +65,11 @@ def _checked(message: Message) -> Message:
     """The message as templates want it: text parts joined to one text, the arguments of earlier calls as objects."""
     content = message.get("content")
     if isinstance(content, list):
-        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        if not all(
+            isinstance(part, str) or (isinstance(part, dict) and part.get("type") == "text") for part in content
+        ):
             raise ValueError("messages: only content of text is supported, not images or the like")
-        content = "\n".join(part["text"] for part in parts)
+        content = "\n".join(part if isinstance(part, str) else part["text"] for part in content)
     own = {**message, "content": "" if content is None else content}
     if calls := message.get("tool_calls"):
         if not isinstance(calls, list) or not all(
@@ -79,15 +80,14 @@ def _checked(message: Message) -> Message:
     return own
 
 
-def _with_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+def _with_arguments(function: dict[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise ValueError("messages: a tool call's arguments are not JSON") from None
-        return {**function, "arguments": arguments}
-    return dict(function)
+    if not isinstance(arguments, str):
+        return function
+    try:
+        return {**function, "arguments": json.loads(arguments or "{}")}
+    except (ValueError, RecursionError):
+        raise ValueError("messages: a tool call's arguments are not JSON") from None
 
 
 def is_conversation(messages: Any) -> bool:

@@ -17,7 +17,6 @@ Prompt = str | list[int] | dict[str, Any]
 RECOMMENDED = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")} | {
     "max_new_tokens": "max_tokens"
 }
-CHAT_OPTIONS = ("chat_template", "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs")
 CheckedRequest = tuple[list[int], SamplingParams, str | None]  # token ids, params, text if known
 
 
@@ -101,6 +100,9 @@ class InputProcessor:
         if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
             raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
         return text, list(prompt)
+
+
+CHAT_OPTIONS = tuple(InputProcessor.preprocess_chat.__kwdefaults__ or ())
 
 
 def checked_model(model: Any) -> str | None:

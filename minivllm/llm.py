@@ -30,7 +30,7 @@ from minivllm.models import model_class
 from minivllm.outputs import RequestOutput
 from minivllm.runner.executor import make_executor
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
-from minivllm.validation import check_asks_for_nothing, reject_unknown
+from minivllm.validation import take_options
 
 # Arguments of vLLM's methods for what there is not here, with the values that ask for none of it.
 NOTHING: dict[str, tuple[Any, ...]] = {
@@ -119,7 +119,7 @@ class LLM:
         Raises ValueError for wrong input before any request is started.  Ctrl-C aborts these requests and raises
         KeyboardInterrupt; the engine stays usable.
         """
-        check_asks_for_nothing(more, NOTHING, "generate")
+        take_options(more, "generate", NOTHING)
         requests = self._check_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)
         done: list[RequestOutput] = []
         with (
@@ -163,9 +163,7 @@ class LLM:
         options: as for `preprocess_chat`; vLLM's others as long as they ask for nothing.
         """
         nothing = NOTHING | {"chat_template_content_format": ("auto", "string")}
-        more = {name: options.pop(name) for name in list(options) if name not in CHAT_OPTIONS}
-        reject_unknown(more, [*CHAT_OPTIONS, *nothing], "chat")
-        check_asks_for_nothing(more, nothing, "chat")
+        options = take_options(options, "chat", nothing, CHAT_OPTIONS)
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a conversation or a list of them, got {messages!r}")
         conversations = [messages] if isinstance(messages[0], dict) else messages
@@ -186,7 +184,7 @@ class LLM:
         Every round asks for 2 · beam_width log probabilities: `max_logprobs` must allow that.  use_tqdm: show the
         rounds.
         """
-        check_asks_for_nothing(more, NOTHING | {"concurrency_limit": (None,)}, "beam_search")
+        take_options(more, "beam_search", NOTHING | {"concurrency_limit": (None,)})
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"params must be BeamSearchParams, got {type(params).__name__}")
         checked = self._check_requests(

@@ -294,14 +294,11 @@ def override(hf: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     if not isinstance(changes, Mapping):
         raise ValueError(f"hf_overrides must be a dict of entries of config.json, got {changes!r}")
     config = {**hf, **changes}
-    old, new = hf.get("rope_parameters") or {}, changes.get("rope_parameters")
-    if isinstance(new, Mapping) and "rope_theta" in old and not any(isinstance(one, Mapping) for one in new.values()):
-        config["rope_parameters"] = {"rope_theta": old["rope_theta"], **new}
-    if "rope_parameters" in hf and "rope_parameters" not in changes:
-        rope = dict(hf["rope_parameters"] or {})
-        if "rope_scaling" in changes:
-            rope = _scaled(rope, changes["rope_scaling"] or {"rope_type": "default"})
-        if "rope_theta" in changes:
-            rope["rope_theta"] = changes["rope_theta"]
-        config["rope_parameters"] = rope
+    rope, new = hf.get("rope_parameters") or {}, changes.get("rope_parameters")
+    if new is None and rope and "rope_theta" in changes:
+        config["rope_parameters"] = {**rope, "rope_theta": changes["rope_theta"]}
+    if isinstance(new, Mapping) and "rope_theta" in rope and not any(isinstance(one, Mapping) for one in new.values()):
+        config["rope_parameters"] = _scaled(rope, new)
+    if "rope_scaling" in changes:  # None takes a scaling away
+        config["rope_scaling"] = changes["rope_scaling"] or {"rope_type": "default"}
     return config

@@ -19,12 +19,16 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
             raise ValueError(f"{what} has no argument {name!r}{hint}")
 
 
-def check_asks_for_nothing(given: Mapping[str, Any], nothing: Mapping[str, tuple[Any, ...]], what: str) -> None:
-    """Raise ValueError for options in `given` but those in `nothing`, with one of the values there."""
-    reject_unknown(given, nothing, what)
+def take_options(
+    given: Mapping[str, Any], what: str, nothing: Mapping[str, tuple[Any, ...]], taken: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Those of the options in `given` that are `taken`.  Raises ValueError for others but those in `nothing`, with one
+    of the values there."""
+    reject_unknown(given, [*taken, *nothing], what)
     for name, value in given.items():
-        if value not in nothing[name]:
+        if name not in taken and value not in nothing[name]:
             raise ValueError(f"{what}: {name} is not supported; leave it out")
+    return {name: value for name, value in given.items() if name in taken}
 
 
 def check_int(name: str, value: Any, least: int) -> None:

@@ -95,12 +95,10 @@ class BlockManager:
 
     def publish(self, request: Request) -> None:
         """Enter the request's full blocks, of known tokens and computed, into the prefix cache."""
-        next_full = (request.num_published_blocks + 1) * self.block_size
-        if not self.enable_prefix_caching or request.num_computed_tokens < next_full:
+        num_tokens = min(request.num_computed_tokens, len(request.token_ids))
+        if not self.enable_prefix_caching or num_tokens < (request.num_published_blocks + 1) * self.block_size:
             return
-        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
-        if num_full <= request.num_published_blocks:
-            return
+        num_full = num_tokens // self.block_size
         hashes = self._hashes(request, num_full)
         for i in range(max(request.num_published_blocks, request.num_dropped_blocks), num_full):
             block = request.block_ids[i]

@@ -115,8 +115,8 @@ class Engine:
                     f"prompt_logprob_token_ids has {num_rows} rows; the prompt has {num_places} tokens after its "
                     f"first one, of which prompt_logprob_start ({params.prompt_logprob_start or 0}) are left out"
                 )
-        ends = {*params.stop_token_ids, *self.scheduler.eos_token_ids}
-        if params.min_tokens and params.allowed_token_ids and ends.issuperset(params.allowed_token_ids):
+        allowed = params.allowed_token_ids
+        if params.min_tokens and allowed and self.scheduler.eos_token_ids.union(params.stop_token_ids) >= set(allowed):
             raise ValueError("min_tokens leaves none of the allowed_token_ids to sample, as they all end the output")
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self.tokenizer is None:

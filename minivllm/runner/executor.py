@@ -14,8 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import TCPStore
 
-from minivllm.child_process import WorkerError as WorkerError
-from minivllm.child_process import start_process
+from minivllm.child_process import WorkerError, start_process
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.loading.weights import WeightSource

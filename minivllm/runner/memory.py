@@ -21,7 +21,7 @@ SLACK_BYTES = 128 << 20  # GPU memory left for fragmentation and what libraries 
 def kv_cache_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, profile: Callable[[], None]) -> int:
     """Blocks of KV cache that fit.  `profile` runs the largest steps; on a GPU their memory is measured and set aside.
 
-    Raises ValueError if not even one block fits, or, on a GPU, if what was asked for does not.
+    Raises ValueError if not even one block fits, or if what was asked for does not.
     """
     assert config.max_num_seqs and config.max_model_len
     block_bytes = model.kv_elements_per_token * config.block_size * dtype.itemsize
