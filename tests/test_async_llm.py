@@ -228,6 +228,8 @@ def fail(token_ids, logits):
 def test_an_engine_that_cannot_start_says_why(tiny):
     with pytest.raises(ValueError, match="max_model_len"):
         AsyncLLM(tiny("mha"), max_model_len=10**6, device="cpu", skip_tokenizer_init=True)
+    with pytest.raises(ValueError, match="model must be a folder"):
+        AsyncLLM(3)
     with pytest.raises(ValueError, match="unexpected|unknown|no argument"):
         AsyncLLM(tiny("mha"), max_num_sequences=3, skip_tokenizer_init=True)
 

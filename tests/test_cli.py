@@ -47,6 +47,8 @@ def test_help_names_everything(capsys):
         (["generate", "no/such/folder/at/all", "--prompt", "x"], "no/such/folder"),
         (["chat", "--url", "http://127.0.0.1:9"], "does not answer"),
         (["chat", "--top-p", "3"], "top_p must be"),
+        (["chat", "--url", "http://127.0.0.1:9", "--block-size", "16"], "--block-size is the server's to choose"),
+        (["chat", "--skip-tokenizer-init"], "--skip-tokenizer-init: a chat needs a tokenizer"),
         (["serve", "--host", "300.1.1.1"], "cannot serve on|Name or service|not known"),
     ],
 )
@@ -55,6 +57,20 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("minivllm: error: ")
     assert re.search(message, error), error
+
+
+def test_a_lost_worker_is_one_line(monkeypatch, capsys):
+    from minivllm import LLM
+    from minivllm.child_process import WorkerError
+
+    def lost(*_, **__):
+        raise WorkerError("worker 0 has ended")
+
+    monkeypatch.setattr(LLM, "__init__", lost)
+    for arguments in (["generate", "--prompt", "x"], ["bench", "throughput"]):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err.strip().splitlines()
+        assert error[-1].endswith("error: worker 0 has ended") and "Traceback" not in error[0]
 
 
 def test_wrong_options_are_named(capsys):

@@ -332,6 +332,7 @@ def test_unsupported_options_that_ask_for_nothing_are_accepted():
             r"max_num_batched_tokens \(5\) must be at least max_num_seqs",
         ),
         (dict(kv_cache_memory_bytes=1000), "no memory is left for the KV cache"),
+        (dict(kv_cache_memory_bytes=10**15), r"kv_cache_memory_bytes \(931322.57 GiB\) is more than there is"),
         (dict(tensor_parallel_size=0), "tensor_parallel_size must be"),
         (dict(seed=-1), "seed must be"),
         (dict(enforce_eager=1), "enforce_eager must be True or False"),
@@ -345,6 +346,12 @@ def test_unsupported_options_that_ask_for_nothing_are_accepted():
 def test_wrong_arguments(tiny, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(tiny("mha"), **arguments)
+
+
+def test_kernels_need_a_gpu_or_the_interpreter(tiny, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend='triton' needs a GPU"):
+        make(tiny("mha"), backend="triton")
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,14 @@ def test_a_job_goes_on_where_it_was(tmp_path):
     assert job.missing_chunks() == [0, 1, 2] and [len(job.rows_of(chunk)) for chunk in range(3)] == [4, 4, 2]
     job.write(1, [{"error": None}] * 4)
     assert make().missing_chunks() == [0, 2]
-    with pytest.raises(ValueError, match="was begun with another input, model or options"):
+    with pytest.raises(ValueError, match="was begun with another input, model or options; remove out.jsonl.parts, or"):
         make(chunk_size=5)
+    from minivllm import ray as batch
+
+    for wrong in (dict(concurrency=0), dict(concurrency=(0, 1)), dict(chunk_size=0)):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be an integer of at least 1"):
+            batch.generate(tmp_path / "in.jsonl", tmp_path / "other.jsonl", **wrong)
+    assert not (tmp_path / "other.jsonl.parts").exists(), "nothing is begun"
     for chunk in (0, 2):
         job.write(chunk, [{"error": None} for _ in job.rows_of(chunk)])
     job.put_together()

@@ -14,7 +14,7 @@ from conftest import ray_engines
 
 pytest.importorskip("ray.serve")
 
-from minivllm.ray_serve import PrefixRouter, application, prefix_key
+from minivllm.ray_serve import Ingress, PrefixRouter, application, prefix_key
 
 ENGINE = dict(device="cpu", max_model_len=512, max_num_seqs=16, block_size=16, kv_cache_memory_bytes=1 << 27)
 
@@ -56,6 +56,16 @@ def test_equal_keys_go_to_the_same_replica_and_few_move():
 def test_wrong_options():
     with pytest.raises(ValueError, match="exclude each other"):
         application(num_replicas=2, autoscaling=(1, 3))
+    with pytest.raises(ValueError, match="num_replicas must be an integer of at least 1"):
+        application(num_replicas=0)
+    for wrong in ((4, 1), (0, 0), (-1, 2)):
+        with pytest.raises(ValueError, match="autoscaling must be the fewest and the most"):
+            application(autoscaling=wrong)
+
+
+def test_engines_may_take_all_processors():
+    """The entry takes none, or two replicas on two processors would wait for ever."""
+    assert Ingress.ray_actor_options["num_cpus"] == 0
 
 
 @pytest.fixture(scope="module")

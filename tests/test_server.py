@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import aiohttp
@@ -309,10 +310,39 @@ def test_no_request_ends_the_engine(server, monkeypatch):
     server.wait_until_idle()
 
 
+def test_texts_are_tokenized_off_the_event_loop(server, monkeypatch):
+    threads = []
+    with_tokenizer = server.llm.with_tokenizer
+
+    async def watched(function, *arguments):
+        def run(*given):
+            threads.append(threading.current_thread().name)
+            return function(*given)
+
+        return await with_tokenizer(run, *arguments)
+
+    monkeypatch.setattr(server.llm, "with_tokenizer", watched)
+    bodies = [
+        ("/tokenize", dict(prompt="a")),
+        ("/tokenize", dict(messages=CHAT)),
+        ("/detokenize", dict(tokens=[1])),
+        ("/v1/completions", dict(prompt="a", max_tokens=1, add_special_tokens=False)),
+        ("/v1/completions", dict(prompt="a", max_tokens=1)),
+        ("/v1/chat/completions", dict(messages=CHAT, max_tokens=1)),
+    ]
+    for number, (path, body) in enumerate(bodies, 1):
+        assert request(server, path, body)[0] == 200
+        assert len(threads) >= number and all(name.startswith("tokenizer") for name in threads)
+    before = len(threads)
+    assert request(server, "/v1/completions", dict(prompt=[1, 2], max_tokens=1))[0] == 200
+    assert len(threads) == before, "ids wait for no text"
+
+
 def test_other_mistakes(server):
     assert request(server, "/v1/nothing")[0] == 404 and request(server, "/v1/completions")[0] == 405
     assert request(server, "/v1/completions", data="{}", headers={"Content-Type": "text/plain"})[0] == 415
-    for data in ("{", "[]", "3", "[" * 100_000, b"\xff\xfe"):
+    wide = '{"prompt": "\ud800", "max_tokens": 1}'.encode("utf-16", "surrogatepass")
+    for data in ("{", "[]", "3", "[" * 100_000, b"\xff\xfe", wide):
         status, answer, _ = request(server, "/v1/completions", data=data, headers={"Content-Type": "application/json"})
         assert status == 400 and "error" in answer, answer
 

@@ -208,7 +208,7 @@ def mishap(*_):
     [
         (fail, "a mishap in the second worker", 5),
         (sleep, "no worker has answered for 2 s", 6),
-        (die, "worker 1 has ended with status -9", 5),
+        (die, r"worker 1 has ended with status -9 \(killed", 5),
     ],
 )
 def test_a_lost_worker_is_an_error_within_seconds(tiny, function, message, seconds):
