@@ -153,7 +153,7 @@ class SamplingParams:
         if self.seed == -1:  # vLLM's other way to say None
             self.seed = None
         if self.seed is not None:
-            check_int("seed", self.seed, 0)
+            check_int("seed", self.seed, -1 << 63)
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1)
         check_int("min_tokens", self.min_tokens, 0)

@@ -249,7 +249,7 @@ def test_numbers_too_large(tiny, name, value):
         (dict(temperature=float("inf")), "temperature must be"),
         (dict(temperature=None), "temperature must be a number"),
         (dict(temperature=2.1), r"temperature must be in \[0, 2\]"),
-        (dict(seed=-2), "seed must be"),
+        (dict(seed=-(1 << 63) - 1), "seed must be"),
         (dict(seed="a"), "seed must be"),
         (dict(min_tokens=-1), "min_tokens must be"),
         (dict(min_tokens=20, max_tokens=10), r"min_tokens \(20\) must not exceed max_tokens \(10\)"),

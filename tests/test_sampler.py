@@ -320,7 +320,7 @@ PROMPTS = [[5, 6, 7], [5, 6, 8, 9], list(range(17)), [5, 6, 7]]
 
 @pytest.mark.parametrize("options", [dict(), dict(top_k=20, top_p=0.9, min_p=0.01), dict(temperature=1.7)], ids=str)
 def test_a_seed_draws_the_same_alone_in_a_batch_and_after_preemption(generate, options):
-    params = [SamplingParams(seed=100 + i, max_tokens=32, **options) for i in range(len(PROMPTS))]
+    params = [SamplingParams(seed=100 * i - 3, max_tokens=32, **options) for i in range(len(PROMPTS))]
     together, _ = generate(PROMPTS, params, max_num_batched_tokens=64)
     assert len({tuple(tokens) for tokens in together}) == len(PROMPTS), "equal prompts differ by their seeds"
     for prompt, own, tokens in zip(PROMPTS, params, together, strict=True):

@@ -15,6 +15,7 @@ from minivllm import LLM, SamplingParams
 from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.loading.weights import fill_dummy, load_weights
 from minivllm.parallel import Parts, Share, TensorParallel
+from minivllm.runner import executor
 from minivllm.runner.executor import WorkerError
 
 PROMPTS = [[1 + i, 2, 3 + 2 * i, 4] * (2 + 3 * (i % 4)) for i in range(9)]
@@ -223,6 +224,28 @@ def test_a_lost_worker_is_an_error_within_seconds(tiny, function, message, secon
         assert are_gone(processes)
         with pytest.raises(WorkerError):
             llm.generate([1], GREEDY, use_tqdm=False)
+
+
+def test_a_worker_that_hangs_while_it_gets_ready_is_an_error(tiny, tmp_path, monkeypatch):
+    (tmp_path / "hanging_worker.py").write_text(
+        "import time\n"
+        "from minivllm.runner.model_runner import ModelRunner\n"
+        "from minivllm.runner.worker import main\n"
+        "ModelRunner.make_ready = lambda self: time.sleep(60)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    processes = []
+
+    def start(module, environment, start_process=executor.start_process):
+        process, connection = start_process("hanging_worker", environment)
+        processes.append(process.pid)
+        return process, connection
+
+    monkeypatch.setattr(executor, "start_process", start)
+    monkeypatch.setattr(executor, "READY_SECONDS", 1)
+    with pytest.raises(WorkerError, match="no worker has answered for 2 s"):
+        LLM(tiny("mha"), tensor_parallel_size=2, distributed_timeout_seconds=2, **OPTIONS)
+    assert are_gone(processes)
 
 
 def test_functions_that_workers_cannot_import_are_refused(tiny, monkeypatch):

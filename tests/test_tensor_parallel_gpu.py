@@ -46,10 +46,12 @@ def tokens(outputs):
     ],
 )
 def test_parity(tiny, greedy, name, eager, size):
-    """Few rows, and steps of thousands."""
-    few, many = prompts(9), prompts(40, 200)
+    """Few rows, as many as large graphs of mixed steps have, and thousands."""
+    few, some, many = prompts(9), prompts(20, 200), prompts(40, 200)
+    assert 1408 < sum(map(len, some)) <= 2048 < sum(map(len, many))
     with LLM(tiny(name), tensor_parallel_size=size, dtype="float32", enforce_eager=eager, **OPTIONS) as llm:
-        for batch in (few, many):
+        for batch in (few, some, many):
+            llm.reset_prefix_cache()
             found = llm.generate(batch, SamplingParams(max_tokens=12, **GREEDY), use_tqdm=False)
             assert [row[0] for row in tokens(found)] == greedy(tiny(name), batch, 12)
         llm.engine.scheduler.check_integrity()

@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 KILLED = " (killed, as the system does when memory runs out)"
+READY_SECONDS = 300  # for workers to compile, to measure their memory and to capture graphs
 GRACE_SECONDS = 2.0  # after a worker is gone, for others to say what they know of it
 
 Failure = tuple[int, Exception | None, str]  # rank, an error to be raised as it is, traceback
@@ -52,9 +53,9 @@ class LocalExecutor:
     def __init__(self, config: EngineConfig, model_config: ModelConfig, weights: WeightSource | None) -> None:
         try:
             self.runner: ModelRunner | None = ModelRunner(config, model_config, weights)
+            self.num_blocks = self.runner.make_ready()
         except torch.OutOfMemoryError as error:
             raise ValueError(OUT_OF_MEMORY) from error
-        self.num_blocks = self.runner.num_blocks
 
     def execute(self, batch: ScheduledBatch) -> PendingStep:
         """Launch a step."""
@@ -95,7 +96,10 @@ class WorkersExecutor:
                 self._connections.append(connection)
             for rank, connection in enumerate(self._connections):
                 connection.send((config, model_config, weights, rank, self._store.port))
-            self.num_blocks = int(min(self._answer(rank, None) for rank in range(size)))
+            for rank in range(size):
+                self._answer(rank, None)  # its weights are loaded, which takes as long as it takes
+            timeout = max(self._timeout, READY_SECONDS)
+            self.num_blocks = int(min(self._answer(rank, timeout) for rank in range(size)))
             self._has_started = True
         except BaseException:
             self.shutdown()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from minivllm.backends import make_backend
+from minivllm.backends.base import KVCache
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch
 from minivllm.layers.fp8_linear import quantize_linears
@@ -39,8 +40,8 @@ MAX_LOGITS_ROWS = 256  # of a prompt whose logprobs are wanted, at once
 
 
 class ModelRunner:
-    """`config` must be resolved.  After construction the KV cache is allocated: `num_blocks` blocks.  `tp`: whose share
-    of the model this is."""
+    """`config` must be resolved.  After construction the weights are loaded; `make_ready` has to follow.  `tp`: whose
+    share of the model this is."""
 
     @torch.inference_mode()
     def __init__(
@@ -66,13 +67,12 @@ class ModelRunner:
         self.model = model_class(model_config.architecture)(
             model_config, self.backend, self.dtype, self.device, config.max_model_len, tp
         )
-        own = model_config.share(tp.size)  # heads and columns of this worker
+        self.own_config = model_config.share(tp.size)  # heads and columns of this worker
         self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, model_config.vocab_size)
         num_slots, num_columns = self.slots.block_table.shape
         self.on_gpu, on_triton = self.device.type == "cuda", config.backend == "triton"
         if self.on_gpu and on_triton:
-            cache = allocate_kv_cache(own, 1, config.block_size, self.kv_dtype, self.device)[0]
-            compile_kernels(self.backend, own, self.dtype, cache, num_columns)
+            compile_kernels(self.backend, self.own_config, self.dtype, self._allocate(1)[0], num_columns)
         targets = self.model.weight_targets()
         if weights is None:
             fill_dummy(targets, config.seed)
@@ -96,14 +96,20 @@ class ModelRunner:
             for _ in range(NUM_BUFFERS if self.on_gpu else 0)
         ]
         self._turn = 0
-        use_graphs = self.on_gpu and on_triton and not config.enforce_eager
         self.graphs = StepGraphs()
-        self.kv_caches = allocate_kv_cache(own, 1, config.block_size, self.kv_dtype, self.device)
-        num_blocks = kv_cache_blocks(config, own, self.kv_dtype, lambda: self._profile(use_graphs))
-        self.num_blocks = tp.minimum(num_blocks, self.device)
+        self.kv_caches: list[KVCache] = []
+
+    @torch.inference_mode()
+    def make_ready(self) -> int:
+        """Allocate the KV cache and capture the CUDA graphs.  Returns the number of blocks."""
+        config = self.config
+        use_graphs = self.on_gpu and config.backend == "triton" and not config.enforce_eager
+        self.kv_caches = self._allocate(1)
+        num_blocks = kv_cache_blocks(config, self.own_config, self.kv_dtype, lambda: self._profile(use_graphs))
+        num_blocks = self.tp.minimum(num_blocks, self.device)
         self.graphs = StepGraphs()
         self.kv_caches = []
-        self.kv_caches = allocate_kv_cache(own, self.num_blocks, config.block_size, self.kv_dtype, self.device)
+        self.kv_caches = self._allocate(num_blocks)
         if use_graphs:
             self._capture(self.sizes, self.mixed_sizes)
         elif self.on_gpu:  # nothing is left to compile later
@@ -111,6 +117,10 @@ class ModelRunner:
                 self._decode(self._decode_padding(size))
             for size in self.mixed_sizes:
                 self._mixed(self._mixed_padding(size))
+        return num_blocks
+
+    def _allocate(self, num_blocks: int) -> list[KVCache]:
+        return allocate_kv_cache(self.own_config, num_blocks, self.config.block_size, self.kv_dtype, self.device)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> PendingStep:

@@ -45,9 +45,11 @@ class Worker:
             config = _placed(config, rank)
             tp = _join(config, model_config, rank, port)
             runner = ModelRunner(config, model_config, weights, tp)
+            self._say(("done", None))
+            num_blocks = runner.make_ready()
             gc.collect()
             gc.freeze()  # what is there stays, and all workers wait for one that goes through it
-            self._say(("done", runner.num_blocks))
+            self._say(("done", num_blocks))
             if rank == 0:
                 threading.Thread(target=self._answer, args=(config.device,), daemon=True).start()
             while True:
