@@ -39,7 +39,8 @@ class EngineDeadError(RuntimeError):
 
 
 class OutputStream:
-    """The outputs of one request, as they come: `async for output in stream`.
+    """The outputs of one request, as they come: `async for output in stream`.  Raises EngineDeadError if the engine
+    fails, ValueError if one of the request's own functions does.
 
     Each carries what is new since the one before, all so far, or only the end, as `output_kind` of the params says.
     """
@@ -86,6 +87,11 @@ class OutputStream:
         packed, self._pending = self._pending, []
         output = merge([unpack(one, self.prompt, self.prompt_token_ids) for one in packed])
         self._finished = output.finished
+        try:
+            output.raise_failure()
+        except ValueError:
+            await self.aclose()
+            raise
         if self._cumulative:
             for new in output.outputs:
                 old = self._so_far.get(new.index)

@@ -116,7 +116,8 @@ class LLM:
         sampling_params: one for all, or one a prompt; None: the model's defaults (`get_default_sampling_params`).
         more: vLLM's other arguments, as long as they ask for nothing (lora_request=None).
 
-        Raises ValueError for wrong input before any request is started.  Ctrl-C aborts these requests and raises
+        Raises ValueError for wrong input before any request is started, and for one of `logits_processors` that fails;
+        other calls go on.  Ctrl-C aborts these requests and raises
         KeyboardInterrupt; the engine stays usable.
         """
         take_options(more, "generate", NOTHING)
@@ -206,7 +207,8 @@ class LLM:
         if self.inputs.tokenizer is not None:
             for output in outputs:
                 for sequence in output.sequences:
-                    sequence.text = str(self.inputs.tokenizer.decode(sequence.tokens))
+                    with self._lock:
+                        sequence.text = str(self.inputs.tokenizer.decode(sequence.tokens))
         return outputs
 
     def get_metrics(self) -> list[Metric]:
@@ -230,7 +232,7 @@ class LLM:
         """Free the model and its memory.  Another LLM can be made in the same process afterwards."""
         with self._lock:
             self._is_shut_down = True
-            self.engine.abort_requests(list(self.engine.request_ids))
+            self._hand_out(self.engine.abort_requests(list(self.engine.request_ids)))
             self._executor.shutdown()
 
     def __enter__(self) -> LLM:
@@ -300,18 +302,24 @@ class LLM:
             while unfinished:
                 with _deferred_interrupt(), self._lock:
                     if not unfinished.isdisjoint(self.engine.request_ids):  # or another thread has ended them
-                        for output in self.engine.step():
-                            if output.request_id in self._inboxes:
-                                self._inboxes[output.request_id].append(output)
+                        self._hand_out(self.engine.step())
                     if inbox or unfinished.isdisjoint(self.engine.request_ids):
                         unfinished &= self.engine.request_ids  # those that ended or were aborted are gone
                 while inbox:
-                    yield inbox.popleft()
+                    output = inbox.popleft()
+                    output.raise_failure()
+                    yield output
         finally:
             with self._lock:
                 self.engine.abort_requests(request_ids)
                 for request_id in request_ids:
                     self._inboxes.pop(request_id, None)
+
+    def _hand_out(self, outputs: list[RequestOutput]) -> None:
+        """Put each output where its own call finds it."""
+        for output in outputs:
+            if output.request_id in self._inboxes:
+                self._inboxes[output.request_id].append(output)
 
 
 def _device(name: str, num_workers: int) -> str:

@@ -94,9 +94,11 @@ class FlatLogprobs(Sequence[dict[int, Logprob]]):
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion of a prompt.  `finish_reason` is "stop", "length", "repetition", "abort" or None (unfinished).
+    """One completion of a prompt.  `finish_reason` is "stop", "length", "repetition", "abort", "error" (one of the
+    request's own functions has failed) or None (unfinished).
 
-    `stop_reason` is the stop string, or the id of the stop_token_ids, that ended it; None for end-of-sequence.
+    `stop_reason` is the stop string, or the id of the stop_token_ids, that ended it, "repetition_detected", or what the
+    function that failed has raised; None for end-of-sequence.
     `logprobs` has a dict by token id for each of `token_ids`: the token sampled, then the most likely ones, or those of
     logprob_token_ids; None, like `cumulative_logprob`, the sum for the tokens sampled, if they were not asked for.
     With flat_logprobs they are FlatLogprobs.
@@ -132,3 +134,9 @@ class RequestOutput:
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
     prompt_token_id_logprobs: np.ndarray | None = field(default=None, compare=False)
+
+    def raise_failure(self) -> None:
+        """Raise ValueError if one of the request's own functions has failed."""
+        for completion in self.outputs:
+            if completion.finish_reason == "error":
+                raise ValueError(completion.stop_reason)

@@ -215,14 +215,32 @@ def test_requests_of_a_closed_event_loop_are_forgotten(llm):
 
 def test_a_failing_step_reaches_the_caller_with_its_traceback(tiny):
     with AsyncLLM(tiny("mha"), **OPTIONS) as llm:
-        params = SamplingParams(max_tokens=5, logits_processors=[fail])
-        with pytest.raises(EngineDeadError, match="a function that fails"):
+        params = SamplingParams(max_tokens=5, logits_processors=[end_the_engine])
+        with pytest.raises(EngineDeadError, match="SystemExit: a mishap"):
             asyncio.run(last(llm.generate([1, 2], params)))
         assert llm._process.wait(5) == 1
 
 
+def end_the_engine(token_ids, logits):
+    raise SystemExit("a mishap")  # not an Exception, as which it would be the request's own
+
+
+def test_a_function_that_fails_is_an_error_of_its_own_request(llm):
+    async def run():
+        others = [asyncio.ensure_future(last(llm.generate([i], SamplingParams(max_tokens=30)))) for i in range(3)]
+        params = SamplingParams(max_tokens=5, logits_processors=[fail], n=2, seed=1)
+        with pytest.raises(ValueError, match=r"(?s)logits_processors: .*fail.*a function that fails"):
+            await last(llm.generate([1, 2], params))
+        assert [(await other).outputs[0].finish_reason for other in others] == ["length"] * 3
+        await idle(llm)
+
+    asyncio.run(run())
+
+
 def fail(token_ids, logits):
-    raise RuntimeError("a function that fails")
+    if len(token_ids) == 2:
+        raise RuntimeError("a function that fails")
+    return logits
 
 
 def test_an_engine_that_cannot_start_says_why(tiny):

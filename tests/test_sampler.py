@@ -37,7 +37,7 @@ def draw(logits, params, num_draws, seed=1234, num_prompt_tokens=7):
     )
     logits = logits.expand(num_draws, -1)
     if needs_processing(slots, rows, seq_lens):
-        logits = process_logits(BACKEND, logits, slots, rows, seq_lens, inputs.temperature)
+        logits, _ = process_logits(BACKEND, logits, slots, rows, seq_lens, inputs.temperature)
     return sample(BACKEND, logits, inputs, torch.zeros(2, dtype=torch.int32)).long()
 
 
@@ -208,7 +208,7 @@ def test_greedy_is_exact_among_truncated_rows():
     every = [SamplingParams(temperature=0, top_k=1), SamplingParams(top_k=1, seed=1), SamplingParams(temperature=0)]
     slots.apply(ScheduledBatch(admitted=[AdmittedRequest(i, [0], 1, params, i, []) for i, params in enumerate(every)]))
     rows, seq_lens = np.arange(3, dtype=np.int32), np.ones(3, np.int32)
-    masked = process_logits(BACKEND, logits, slots, rows, seq_lens, torch.from_numpy(slots.temperature[rows]))
+    masked, _ = process_logits(BACKEND, logits, slots, rows, seq_lens, torch.from_numpy(slots.temperature[rows]))
     assert masked.argmax(-1).tolist() == logits.argmax(-1).tolist()
     assert torch.equal(masked[2], logits[2])
 
@@ -287,7 +287,7 @@ def test_ended_tokens_are_banned_before_min_tokens():
     rows = np.array([0, 0, 0, 0, 1], np.int32)
     seq_lens = np.array([5, 6, 7, 8, 5], np.int32)  # the row's token is output token 0, 1, 2, 3 and 0
     logits = torch.zeros(5, 6)
-    masked = process_logits(BACKEND, logits, slots, rows, seq_lens, torch.ones(5))
+    masked, _ = process_logits(BACKEND, logits, slots, rows, seq_lens, torch.ones(5))
     banned = torch.zeros(5, 6, dtype=torch.bool)
     banned[:3, [1, 4]] = True
     assert torch.equal(masked == float("-inf"), banned) and torch.equal(logits, torch.zeros(5, 6))

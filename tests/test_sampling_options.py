@@ -137,12 +137,57 @@ def test_a_logits_processor_that_fails_ends_its_own_call_only(tiny, function, me
         expected = run(llm, PROMPTS, SamplingParams(temperature=0))
         other = llm.stream(PROMPTS[0], SamplingParams(temperature=0))
         first = next(other).outputs[0].token_ids
-        with pytest.raises((ValueError, ZeroDivisionError), match=message):
+        with pytest.raises(ValueError, match=message):
             run(llm, PROMPTS, SamplingParams(temperature=0, logits_processors=[function]))
-        rest = [token for output in other for token in output.outputs[0].token_ids]
+
+        def later(output, logits):
+            return logits if len(output) < 2 else function(output, logits)
+
+        failing = llm.stream(PROMPTS[1], SamplingParams(temperature=0, logits_processors=[later]))
+        next(failing)
+        parts = [next(other) for _ in range(4)]  # the function fails in a step of this call
+        with pytest.raises(ValueError, match=message):
+            list(failing)
+        rest = [token for output in [*parts, *other] for token in output.outputs[0].token_ids]
         assert [*first, *rest] == expected[0]
         assert run(llm, PROMPTS, SamplingParams(temperature=0)) == expected
         llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_a_failing_step_found_out_is_not_lost(tiny, monkeypatch, asynchronous):
+    """An error, a second Ctrl-C say, after a request of another call has ended, and before that call was told."""
+    with make(tiny("gqa-tied"), async_scheduling=asynchronous) as llm:
+        greedy = SamplingParams(temperature=0, max_tokens=3)
+        expected = run(llm, PROMPTS[:2], greedy)
+        update, scheduler = llm.engine.scheduler.update, llm.engine.scheduler
+        other, longer = llm.stream(PROMPTS[0], greedy), llm.stream(PROMPTS[1], greedy)
+        found = next(other).outputs[0].token_ids
+
+        def fail_at_the_end(result):
+            progressed = update(result)
+            if any(request.finished for request in progressed):
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+            return progressed
+
+        monkeypatch.setattr(scheduler, "update", fail_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            list(longer)
+        assert llm.engine.has_unfinished_requests()
+        found += [token for output in other for token in output.outputs[0].token_ids]
+        assert found == expected[0]
+        assert run(llm, PROMPTS[:2], greedy) == expected
+        scheduler.check_integrity()
+
+
+def test_shutdown_tells_a_call_that_is_still_running(tiny):
+    llm = make(tiny("gqa-tied"))
+    outputs = llm.stream(PROMPTS, SamplingParams(max_tokens=100, ignore_eos=True))
+    next(outputs)
+    llm.shutdown()
+    ends = [o.outputs[0].finish_reason for o in outputs if o.finished]
+    assert ends == ["abort"] * len(PROMPTS)
 
 
 @pytest.mark.parametrize("most", [1, 5, 100, -1])

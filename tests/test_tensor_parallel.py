@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from minivllm import LLM, SamplingParams
 from minivllm.async_llm import AsyncLLM, EngineDeadError
@@ -181,23 +182,38 @@ def test_parts_of_a_tensor():
     assert not torch.equal(first, torch.zeros(3, 2)), "drawn"
 
 
-def fail(token_ids, logits):
-    """A logits processor that fails in the second worker, once a few tokens are there."""
-    if dist.get_rank() == 1 and len(token_ids) == 3:
-        raise RuntimeError("a mishap in the second worker")
-    return logits
+@pytest.fixture
+def start_workers(tmp_path, monkeypatch):
+    """start_workers(code): workers run this first; returns a list of all those that are started."""
+
+    def prepare(code):
+        (tmp_path / "changed_worker.py").write_text(
+            "import os, signal, time\n"
+            "from minivllm.runner.model_runner import ModelRunner\n"
+            f"from minivllm.runner.worker import main\n{code}"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        processes = []
+
+        def start(module, environment, start_process=executor.start_process):
+            process, connection = start_process("changed_worker", environment)
+            processes.append(process.pid)
+            return process, connection
+
+        monkeypatch.setattr(executor, "start_process", start)
+        return processes
+
+    return prepare
 
 
-def sleep(token_ids, logits):
-    if dist.get_rank() == 1 and len(token_ids) == 3:
-        time.sleep(60)
-    return logits
-
-
-def die(token_ids, logits):
-    if dist.get_rank() == 1 and len(token_ids) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return logits
+FAULT = """
+execute = ModelRunner.execute
+def faulty(self, batch):
+    if self.tp.rank == 1 and batch.num_computed == [3]:
+        {}
+    return execute(self, batch)
+ModelRunner.execute = faulty
+"""
 
 
 def mishap(*_):
@@ -205,47 +221,54 @@ def mishap(*_):
 
 
 @pytest.mark.parametrize(
-    ("function", "message", "seconds"),
+    ("fault", "message", "seconds"),
     [
-        (fail, "a mishap in the second worker", 5),
-        (sleep, "no worker has answered for 2 s", 6),
-        (die, r"worker 1 has ended with status -9 \(killed", 5),
+        ("raise RuntimeError('a mishap in the second worker')", "a mishap in the second worker", 5),
+        ("time.sleep(60)", "no worker has answered for 2 s", 6),
+        ("os.kill(os.getpid(), signal.SIGKILL)", r"worker 1 has ended with status -9 \(killed", 5),
     ],
 )
-def test_a_lost_worker_is_an_error_within_seconds(tiny, function, message, seconds):
+def test_a_lost_worker_is_an_error_within_seconds(tiny, start_workers, fault, message, seconds):
+    processes = start_workers(FAULT.format(fault))
     with LLM(tiny("mha"), tensor_parallel_size=2, distributed_timeout_seconds=2, **OPTIONS) as llm:
-        processes = pids(llm)
-        params = SamplingParams(max_tokens=10, ignore_eos=True, logits_processors=[function])
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         start = time.monotonic()
         with pytest.raises(WorkerError, match=message):
-            llm.generate(PROMPTS, params, use_tqdm=False)
+            llm.generate([1, 2], GREEDY, use_tqdm=False)
         assert time.monotonic() - start < seconds
-        assert are_gone(processes)
+        assert len(processes) == 2 and are_gone(processes)
         with pytest.raises(WorkerError):
             llm.generate([1], GREEDY, use_tqdm=False)
 
 
-def test_a_worker_that_hangs_while_it_gets_ready_is_an_error(tiny, tmp_path, monkeypatch):
-    (tmp_path / "hanging_worker.py").write_text(
-        "import time\n"
-        "from minivllm.runner.model_runner import ModelRunner\n"
-        "from minivllm.runner.worker import main\n"
-        "ModelRunner.make_ready = lambda self: time.sleep(60)\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    processes = []
-
-    def start(module, environment, start_process=executor.start_process):
-        process, connection = start_process("hanging_worker", environment)
-        processes.append(process.pid)
-        return process, connection
-
-    monkeypatch.setattr(executor, "start_process", start)
+def test_a_worker_that_hangs_while_it_gets_ready_is_an_error(tiny, start_workers, monkeypatch):
+    processes = start_workers("ModelRunner.make_ready = lambda self: time.sleep(60)")
     monkeypatch.setattr(executor, "READY_SECONDS", 1)
     with pytest.raises(WorkerError, match="no worker has answered for 2 s"):
         LLM(tiny("mha"), tensor_parallel_size=2, distributed_timeout_seconds=2, **OPTIONS)
-    assert are_gone(processes)
+    assert len(processes) == 2 and are_gone(processes)
+
+
+def draw_and_tell(file, token_ids, logits):
+    with open(file, "a") as told:
+        told.write(f"{os.getpid()}\n")
+    if token_ids and len(token_ids) == 5:
+        raise RuntimeError("a mishap")
+    return torch.randn_like(logits)
+
+
+def test_functions_are_called_by_one_worker_and_what_they_raise_is_their_request_s(tiny, tmp_path):
+    file = str(tmp_path / "told")
+    with LLM(tiny("mha"), tensor_parallel_size=2, **OPTIONS) as llm:
+        expected = tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+        other = llm.stream(PROMPTS[:1], GREEDY)
+        found = next(other).outputs[0].token_ids
+        drawn = SamplingParams(max_tokens=9, temperature=0, logits_processors=[partial(draw_and_tell, file)])
+        with pytest.raises(ValueError, match="(?s)logits_processors: .*RuntimeError: a mishap"):
+            llm.generate([1, 2], drawn, use_tqdm=False)
+        assert Path(file).read_text().split() == [str(pids(llm)[0])] * 6
+        assert [found + [token for output in other for token in output.outputs[0].token_ids]] == expected[0]
+        assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 
 def test_functions_that_workers_cannot_import_are_refused(tiny, monkeypatch):

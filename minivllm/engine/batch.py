@@ -77,5 +77,6 @@ class StepResult:
     tokens: list[int]  # of the batch's `sampled_rows`
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # of `tokens`, or empty: nobody asked
     draft_tokens: list[list[int]] = field(default_factory=list)  # of the batch's `drafts`: sampled after each token
+    failed: dict[int, str] = field(default_factory=dict)  # by number in `sampled_rows`: why there is no token
     # For each of `prompt_logprobs_rows`, of the tokens after those computed: num_computed + 1, … in the prompt.
     prompt_logprobs: list[list[TokenLogprobs]] = field(default_factory=list)

@@ -69,6 +69,7 @@ class Engine:
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()
+        self._late: list[Request] = []  # ended, and not reported for a step that failed
         self._outputs = OutputProcessor(tokenizer)
         self._grammars: GrammarCompiler | None = None  # made when the first request needs it
         self._num_requests = 0
@@ -164,7 +165,7 @@ class Engine:
     def abort_requests(self, request_ids: Iterable[str]) -> list[RequestOutput]:
         """End requests; returns the outputs (finish_reason "abort") of those that were still unfinished."""
         groups = [self._outputs.groups[i] for i in dict.fromkeys(request_ids) if i in self._outputs.groups]
-        requests = [sample.request for group in groups for sample in group.samples if not sample.request.finished]
+        requests = [sample.request for group in groups for sample in group.samples if not sample.has_ended]
         for request in requests:
             self.scheduler.abort(request.request_id)
         return self._outputs.outputs(requests)
@@ -176,35 +177,38 @@ class Engine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step is needed."""
-        return bool(self.scheduler.requests or self._pending)
+        return bool(self.scheduler.requests or self._pending or self._late)
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns the outputs that are due.
 
-        If the runner raises, the requests are kept, to be computed again by later steps, and the error is passed on.
+        If anything in it raises, the requests are kept, to be computed again by later steps, and the error is passed
+        on.
         """
+        progressed, self._late = self._late, []
         try:
             batch = self.scheduler.schedule()
             if batch is not None:
                 self._pending.append(self.executor.execute(batch))
             most = 0 if self.scheduler.waits_for_tokens else self._max_in_flight - 1
-            if not self._pending or (batch is not None and len(self._pending) <= most):
-                return []
-            results = [self._pending.popleft().wait()]
-            while len(self._pending) > most:
-                results.append(self._pending.popleft().wait())
+            if batch is None:
+                most = min(most, len(self._pending) - 1)  # nothing to do before a result is there
+            while len(self._pending) > max(most, 0):
+                progressed += self._enter(self._pending.popleft().wait())
         except BaseException:
             self._pending.clear()
             self.scheduler.recover()
+            self._late = self._outputs.ended()
             raise
-        outputs = []
-        for result in results:
-            progressed = self.scheduler.update(result)
-            for request in progressed:
-                if request.params.stop and (stop_string := self._outputs.find_stop(request)) is not None:
-                    self.scheduler.stop(request, stop_string)
-            outputs += self._outputs.outputs(progressed)
-        return outputs
+        return self._outputs.outputs(dict.fromkeys(progressed))
+
+    def _enter(self, result: StepResult) -> list[Request]:
+        """Enter what a step found out; returns the requests that got a token or ended."""
+        progressed = self.scheduler.update(result)
+        for request in progressed:
+            if request.params.stop and (stop_string := self._outputs.find_stop(request)) is not None:
+                self.scheduler.stop(request, stop_string)
+        return progressed
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests that run keep their blocks."""

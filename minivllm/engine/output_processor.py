@@ -26,6 +26,7 @@ class Sample:
     num_reported_tokens: int = 0
     num_reported_characters: int = 0
     cumulative_logprob: float = 0.0
+    has_ended: bool = False  # and its end was reported
 
 
 @dataclass(slots=True)
@@ -95,6 +96,11 @@ class OutputProcessor:
                 outputs.append(self._output(group, group.samples))
         return outputs
 
+    def ended(self) -> list[Request]:
+        """Requests that have ended without their end being reported yet."""
+        samples = (sample for group in self.groups.values() for sample in group.samples)
+        return [sample.request for sample in samples if sample.request.finished and not sample.has_ended]
+
     def _output(self, group: Group, samples: list[Sample]) -> RequestOutput:
         first = group.samples[0].request
         prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
@@ -125,7 +131,7 @@ class OutputProcessor:
         request = sample.request
         delta = request.params.output_kind == RequestOutputKind.DELTA
         begin = sample.num_reported_tokens if delta else 0
-        sample.num_reported_tokens = request.num_output_tokens
+        sample.num_reported_tokens, sample.has_ended = request.num_output_tokens, request.finished
         token_ids = request.token_ids[request.num_prompt_tokens + begin :]
         text = ""
         if sample.detokenizer is not None:
@@ -135,7 +141,7 @@ class OutputProcessor:
             sample.num_reported_characters, text = len(text), text[begin_text:]
         logprobs = None
         if request.params.logprobs is not None:
-            logprobs = sample.logprobs[:]
+            logprobs = sample.logprobs if delta or request.finished else sample.logprobs[:]
             if delta:
                 sample.logprobs = type(sample.logprobs)()
         return CompletionOutput(

@@ -66,7 +66,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.stats = SchedulerStats()
-        self.num_needing_tokens = 0  # requests whose next token cannot be drawn before the last one is known
+        self.num_needing_tokens = 0  # running requests whose next token cannot be drawn before the last one is known
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         # For each step in flight: the requests that sampled a token; those whose prompt's logprobs it finds, each with
         # the number of prompt tokens before those; the drafts.
@@ -77,7 +77,6 @@ class Scheduler:
         if request.request_id in self.requests:
             raise ValueError(f"request_id {request.request_id!r} is in use; choose another")
         self.requests[request.request_id] = request
-        self.num_needing_tokens += request.needs_tokens
         self.waiting.append(request)
 
     def check_fits(self, max_num_tokens: int) -> None:
@@ -162,7 +161,7 @@ class Scheduler:
     def update(self, result: StepResult) -> list[Request]:
         """Enter what the oldest step in flight found out.
 
-        Returns the requests that got a token.  Tokens of requests that ended meanwhile are dropped.
+        Returns the requests that got a token or failed.  Tokens of requests that ended meanwhile are dropped.
         """
         now = time.monotonic()
         sampled, asking, drafts = self._in_flight.popleft()
@@ -173,10 +172,15 @@ class Scheduler:
         watches_drafters = self._room_for_drafts > 0
         progressed = []
         all_logprobs: list[TokenLogprobs | None] = result.logprobs or [None] * len(sampled)
-        for request, token, logprobs in zip(sampled, result.tokens, all_logprobs, strict=True):
+        for place, (request, token, logprobs) in enumerate(zip(sampled, result.tokens, all_logprobs, strict=True)):
             if request.finished:
                 continue
             request.num_in_flight -= 1
+            if place in result.failed:
+                request.stop_reason = result.failed[place]
+                self._finish(request, "error")
+                progressed.append(request)
+                continue
             metrics = request.metrics
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
@@ -216,9 +220,8 @@ class Scheduler:
 
         What the prefix cache holds may never have been computed, so it is dropped too.  No request is lost.
         """
-        for sampled, _, _ in self._in_flight:
-            for request in sampled:
-                request.num_in_flight = 0
+        for request in self.requests.values():
+            request.num_in_flight = 0
         self._in_flight.clear()
         while self.running:
             self._preempt_newest()
@@ -256,6 +259,7 @@ class Scheduler:
             return False
         self.waiting.popleft()
         self.running.append(request)
+        self.num_needing_tokens += request.needs_tokens
         request.slot = self._free_slots.pop()
         request.num_computed_tokens = len(hits) * self.block_manager.block_size
         request.num_admitted_tokens = len(request.token_ids)
@@ -380,7 +384,6 @@ class Scheduler:
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         del self.requests[request.request_id]
-        self.num_needing_tokens -= request.needs_tokens
         if request.slot >= 0:
             self.running.remove(request)
             self._release(request)
@@ -389,5 +392,6 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.block_manager.free(request)
+        self.num_needing_tokens -= request.needs_tokens
         self._free_slots.append(request.slot)
         request.slot = -1

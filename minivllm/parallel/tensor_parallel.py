@@ -127,6 +127,11 @@ class TensorParallel:
         gather(gathered, own)
         return gathered.view(self.size, rows, most).transpose(0, 1).reshape(rows, -1)[:, :vocab_size]
 
+    def take_first(self, values: torch.Tensor) -> None:
+        """Overwrite `values`, contiguous, with those of the first worker."""
+        if self.size > 1:
+            dist.broadcast(values, 0)
+
     def minimum(self, value: int, device: torch.device) -> int:
         """The smallest of the workers' values."""
         if self.size == 1:

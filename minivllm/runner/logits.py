@@ -9,6 +9,7 @@ int32.
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import torch
 
 from minivllm.backends import Backend
 from minivllm.engine.batch import ScheduledBatch, TokenLogprobs
+from minivllm.parallel import ALONE, TensorParallel
 from minivllm.runner.slots import Slots
 from minivllm.sampling_params import LogitsProcessor
 
@@ -37,10 +39,15 @@ def process_logits(
     temperature: torch.Tensor,
     history: torch.Tensor | None = None,
     batch: ScheduledBatch | None = None,
-) -> torch.Tensor:
+    tp: TensorParallel = ALONE,
+) -> tuple[torch.Tensor, dict[int, str]]:
     """A float32 copy of the logits [R, vocab] of slots `rows` [R], now `seq_lens` [R] tokens long, with what they ask
-    for done.  batch: with what the host has worked out for some rows: the tokens they may sample at all, functions to
-    call.  Masks are worked out when they are needed here, while a GPU still computes the logits."""
+    for done; and rows whose functions have raised, with what.
+
+    batch: with what the host has worked out for some rows: the tokens they may sample at all, functions to call, which
+    the first worker of `tp` does for all.  Masks are worked out when they are needed here, while a GPU still computes
+    the logits.
+    """
     batch = batch or ScheduledBatch()
     logits = logits.to(torch.float32, copy=True)
     if batch.token_masks:
@@ -64,9 +71,14 @@ def process_logits(
         values = np.concatenate([np.array(list(bias.values()), np.float32) for _, bias in biased])
         index = _pairs([(i, list(bias)) for i, bias in biased], logits.device)
         logits[index] += to_device(values, logits.device)
+    failed = {}
     for i, functions, prompt_token_ids, output_token_ids in batch.processors:
-        for function in functions:
-            logits[i] = _call(function, prompt_token_ids, output_token_ids, logits[i].clone())
+        try:
+            for function in functions if tp.rank == 0 else ():
+                logits[i] = _call(function, prompt_token_ids, output_token_ids, logits[i].clone())
+        except Exception as error:
+            failed[i] = str(error)
+        tp.take_first(logits[i])
     if slots.penalizes[rows].any():
         _penalize(logits, slots, rows, seq_lens, history)
     if slots.truncates[rows].any():
@@ -74,14 +86,17 @@ def process_logits(
             to_device(values[rows], logits.device) for values in (slots.top_k, slots.top_p, slots.min_p)
         )
         backend.truncate(logits, temperature, top_k, top_p, min_p)
-    return logits
+    return logits, failed
 
 
 def _call(
     function: LogitsProcessor, prompt_token_ids: list[int], output_token_ids: list[int], logits: torch.Tensor
 ) -> torch.Tensor:
-    takes_prompt = len(inspect.signature(function).parameters) == 3
-    changed = function(*([list(prompt_token_ids)] if takes_prompt else []), list(output_token_ids), logits)
+    try:
+        takes_prompt = len(inspect.signature(function).parameters) == 3
+        changed = function(*([list(prompt_token_ids)] if takes_prompt else []), list(output_token_ids), logits)
+    except Exception:
+        raise ValueError(f"logits_processors: {function!r} has failed:\n{traceback.format_exc()}") from None
     if not isinstance(changed, torch.Tensor) or changed.shape != logits.shape:
         what = list(changed.shape) if isinstance(changed, torch.Tensor) else type(changed).__name__
         raise ValueError(f"logits_processors: {function!r} must return logits {list(logits.shape)}, returned {what}")

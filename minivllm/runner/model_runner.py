@@ -173,9 +173,10 @@ class ModelRunner:
         wants_logprobs = (num_logprobs >= 0).any()
         processes = batch.token_masks or batch.processors or needs_processing(self.slots, rows, seq_lens)
         whole = self._whole(logits) if processes or wants_logprobs else logits
+        failed: dict[int, str] = {}
         if processes:
-            processed = process_logits(
-                self.backend, whole, self.slots, rows, seq_lens, inputs.temperature, self.history, batch
+            processed, failed = process_logits(
+                self.backend, whole, self.slots, rows, seq_lens, inputs.temperature, self.history, batch, self.tp
             )
             tokens = sample(self.backend, processed, inputs, self.last_token)  # of whole rows, the same for all
         elif tokens is None:
@@ -183,7 +184,7 @@ class ModelRunner:
         if self.slots.remembers[rows].any():
             assert self.history is not None
             self.history[to_device(rows, self.device), to_device(seq_lens, self.device)] = tokens
-        sampled = Sampled(tokens)
+        sampled = Sampled(tokens, failed=failed)
         if wants_logprobs:
             own = np.flatnonzero(num_logprobs >= 0)
             asking = to_device(own, self.device)

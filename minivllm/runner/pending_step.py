@@ -19,6 +19,7 @@ class Sampled:
     logprobs: LogprobTensors | None = None  # of the rows that ask for them
     num_logprobs: np.ndarray | None = None  # [sampled rows]: how many each asks for; −1: none
     prompt_logprobs: list[list[LogprobTensors]] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)  # rows whose own functions failed, and how
     draft_lengths: list[int] = field(default_factory=list)  # so many of `tokens`, at their end, follow draft tokens
 
 
@@ -35,7 +36,7 @@ class PendingStep:
             self._event.synchronize()
         sampled = self._sampled
         tokens = sampled.tokens.tolist()
-        result = StepResult(tokens[: len(tokens) - sum(sampled.draft_lengths)])
+        result = StepResult(tokens[: len(tokens) - sum(sampled.draft_lengths)], failed=sampled.failed)
         end = len(result.tokens)
         for length in sampled.draft_lengths:
             result.draft_tokens.append(tokens[end : end + length])
