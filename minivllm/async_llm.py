@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minivllm.child_process import check_importable, start_process
+from minivllm.config import NO_MEANING_HERE, EngineConfig
 from minivllm.engine_process import EngineFacts, Packed, unpack
 from minivllm.inputs import InputProcessor, Prompt, checked_model
-from minivllm.loading import resolve, sampling_defaults
+from minivllm.loading import find_model
 from minivllm.metrics import Metric
 from minivllm.outputs import CompletionOutput, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -155,29 +156,26 @@ class AsyncLLM:
         tokenizer: str | None = None,
         revision: str | None = None,
         skip_tokenizer_init: bool = False,
+        hf_overrides: dict[str, Any] | None = None,
         chat_template: str | Path | None = None,
+        trust_remote_code: bool = False,
         **arguments: Any,
     ) -> None:
         model = checked_model(model)
+        config = EngineConfig.from_arguments(arguments)  # mistakes show before anything is fetched
         self._error: str | None = None
         self._is_shut_down = False
         self._process, self._connection = start_process("minivllm.engine_process")  # imports what it needs meanwhile
         try:
             # What is fetched or converted is so once, here; the engine finds it done.
-            files = resolve(
-                model, tokenizer, revision,
-                need_tokenizer=not skip_tokenizer_init, need_weights=arguments.get("load_format") != "dummy",
-                pickled=arguments.get("load_format") == "pt",
-            )  # fmt: skip
+            files, defaults = find_model(model, tokenizer, revision, skip_tokenizer_init, config)
             self.model = files.name
-            # A wrong template shows before anything is loaded.
-            defaults = sampling_defaults(
-                files.generation_config, arguments.get("generation_config", "auto"),
-                arguments.get("override_generation_config"),
-            )  # fmt: skip
             self.inputs = InputProcessor(files.load_tokenizer(), chat_template, defaults, 0)
-            self.facts = self._load(model, {"tokenizer": tokenizer, "revision": revision,
-                                            "skip_tokenizer_init": skip_tokenizer_init, **arguments})  # fmt: skip
+            self.facts = self._load(model, {
+                "tokenizer": tokenizer, "revision": revision, "skip_tokenizer_init": skip_tokenizer_init,
+                "hf_overrides": hf_overrides, "trust_remote_code": trust_remote_code,
+                **{name: value for name, value in arguments.items() if name not in NO_MEANING_HERE},
+            })  # fmt: skip
         except BaseException:
             self._process.kill()
             self._process.wait()

@@ -15,7 +15,7 @@ from typing import Any
 
 from minivllm.engine.ngram import NO_DRAFTS, ON_CPU, ON_GPU, DraftLimits, NgramConfig
 from minivllm.model_config import MODEL_DTYPES, ModelConfig
-from minivllm.validation import check_int, reject_unknown
+from minivllm.validation import NotSupported, check_int, take_options
 
 DTYPES = ("auto", *MODEL_DTYPES)
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "pt", "dummy")
@@ -42,8 +42,8 @@ NO_MEANING_HERE = {
     "use_tqdm_on_load": "a line appears only when loading takes long",
 }
 
-# vLLM arguments that ask for something there is not, each with the values that do not, and what to do instead.
-NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+# vLLM arguments that ask for something there is not.
+NOT_SUPPORTED: NotSupported = {
     "convert": (("auto", "none"), "only models that generate are supported"),
     "cpu_offload_gb": ((0,), "take tensor_parallel_size, quantization='fp8' or a smaller model"),
     "data_parallel_size": ((1,), "start several engines, or examples/ray_serve.py --replicas N"),
@@ -113,11 +113,7 @@ class EngineConfig:
     def from_arguments(cls, arguments: Mapping[str, Any]) -> EngineConfig:
         """From keyword arguments as users give them: unknown ones are errors, vLLM's meaningless ones warn."""
         known = [one.name for one in fields(cls)]
-        for name in arguments.keys() & NOT_SUPPORTED.keys():
-            harmless, remedy = NOT_SUPPORTED[name]
-            if arguments[name] not in harmless:
-                raise ValueError(f"{name}={arguments[name]!r} is not supported: {remedy}")
-        reject_unknown(arguments, [*known, *NO_MEANING_HERE, *NOT_SUPPORTED], "LLM")
+        arguments = take_options(arguments, "LLM", NOT_SUPPORTED, [*known, *NO_MEANING_HERE])
         for name in arguments.keys() & NO_MEANING_HERE.keys():
             warnings.warn(f"{name} has no effect: {NO_MEANING_HERE[name]}", stacklevel=3)
         dtype = arguments.get("dtype", "auto")

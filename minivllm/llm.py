@@ -23,18 +23,19 @@ from minivllm.chat_template import Message
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
 from minivllm.inputs import CHAT_OPTIONS, CheckedRequest, InputProcessor, Prompt, checked_model, is_one_prompt
-from minivllm.loading import resolve, sampling_defaults
+from minivllm.loading import find_model
 from minivllm.metrics import Metric, collect
 from minivllm.model_config import ModelConfig, override
 from minivllm.models import model_class
 from minivllm.outputs import RequestOutput
 from minivllm.runner.executor import make_executor
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
-from minivllm.validation import take_options
+from minivllm.validation import NotSupported, take_options
 
-# Arguments of vLLM's methods for what there is not here, with the values that ask for none of it.
-NOTHING: dict[str, tuple[Any, ...]] = {
-    name: (None, {}) for name in ("lora_request", "mm_processor_kwargs", "priority", "tokenization_kwargs")
+# Arguments of vLLM's methods for what there is not.
+NOT_SUPPORTED: NotSupported = {
+    name: ((None, {}), "leave it out")
+    for name in ("lora_request", "mm_processor_kwargs", "priority", "tokenization_kwargs")
 }
 
 
@@ -69,20 +70,9 @@ class LLM:
         model = checked_model(model)
         config = EngineConfig.from_arguments(arguments)
         device = _device(config.device, config.tensor_parallel_size)
-        dummy = config.load_format == "dummy"
-        if config.load_format == "gguf" and not str(model).endswith(".gguf"):
-            raise ValueError(f"load_format='gguf' needs a .gguf file as model, got {model!r}")
-        if config.load_format in ("safetensors", "pt") and (model is None or str(model).endswith(".gguf")):
-            raise ValueError(f"load_format={config.load_format!r} does not fit the model {model!r}; leave it out")
-        files = resolve(
-            model, tokenizer, revision, need_tokenizer=not skip_tokenizer_init, need_weights=not dummy,
-            pickled=config.load_format == "pt",
-        )  # fmt: skip
+        files, defaults = find_model(model, tokenizer, revision, skip_tokenizer_init, config)
         self.model = files.name
         hf_config = override(files.config, hf_overrides or {})
-        defaults = sampling_defaults(
-            files.generation_config, config.generation_config, config.override_generation_config
-        )
         model_config = ModelConfig.from_hf(hf_config, {**files.generation_config, **defaults})
         # Refuses what is not supported before anything is loaded.
         self.model_config = model_class(model_config.architecture, trust_remote_code).adapt(model_config)
@@ -120,7 +110,7 @@ class LLM:
         other calls go on.  Ctrl-C aborts these requests and raises
         KeyboardInterrupt; the engine stays usable.
         """
-        take_options(more, "generate", NOTHING)
+        take_options(more, "generate", NOT_SUPPORTED)
         requests = self._check_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)
         done: list[RequestOutput] = []
         with (
@@ -163,8 +153,8 @@ class LLM:
         messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
         options: as for `preprocess_chat`; vLLM's others as long as they ask for nothing.
         """
-        nothing = NOTHING | {"chat_template_content_format": ("auto", "string")}
-        options = take_options(options, "chat", nothing, CHAT_OPTIONS)
+        not_supported = {**NOT_SUPPORTED, "chat_template_content_format": (("auto", "string"), "contents are text")}
+        options = take_options(options, "chat", not_supported, CHAT_OPTIONS)
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a conversation or a list of them, got {messages!r}")
         conversations = [messages] if isinstance(messages[0], dict) else messages
@@ -185,7 +175,7 @@ class LLM:
         Every round asks for 2 · beam_width log probabilities: `max_logprobs` must allow that.  use_tqdm: show the
         rounds.
         """
-        take_options(more, "beam_search", NOTHING | {"concurrency_limit": (None,)})
+        take_options(more, "beam_search", {**NOT_SUPPORTED, "concurrency_limit": ((None,), "leave it out")})
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"params must be BeamSearchParams, got {type(params).__name__}")
         checked = self._check_requests(

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from minivllm.output_params import RepetitionDetectionParams, StructuredOutputsParams
-from minivllm.validation import check_int, check_text, refuses_unknown_options
+from minivllm.validation import NotSupported, check_int, check_text, refuses_unknown_options
 
 MIN_TEMPERATURE = 0.01  # below it logits / temperature overflows; vLLM raises smaller ones to it too
 MAX_FLOAT32 = 3.4e38
@@ -24,15 +24,15 @@ SWITCHES = (
 
 MAX_LOGPROB_TOKEN_IDS = 128
 
-# vLLM options that are not supported yet, each with the one value that asks for nothing.
-NOT_SUPPORTED_YET = {
-    "best_of": None,
-    "extra_args": None,
-    "guided_decoding": None,
-    "routed_experts_prompt_start": 0,
-    "thinking_token_budget": None,
-    "trace_decode_token_ids": None,
-    "watermarking": None,
+# vLLM's options that there are not.
+NOT_SUPPORTED: NotSupported = {
+    "best_of": ((None,), "use n, and choose among the outputs"),
+    "extra_args": ((None, {}), "leave it out"),
+    "guided_decoding": ((None,), "use structured_outputs"),
+    "routed_experts_prompt_start": ((None, 0), "mixtures of experts are not supported"),
+    "thinking_token_budget": ((None,), "use max_tokens"),
+    "trace_decode_token_ids": ((None, []), "leave it out"),
+    "watermarking": ((None,), "use logits_processors"),
 }
 
 
@@ -48,16 +48,17 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
-@refuses_unknown_options(NOT_SUPPORTED_YET)
+@refuses_unknown_options(NOT_SUPPORTED)
 @dataclass(kw_only=True)
 class SamplingParams:
     """How to sample one request.  Raises ValueError, naming the option, for values that make no sense.
 
-    n: outputs to generate for the prompt; they share the blocks of its KV cache, if prefix caching is on.
+    n: outputs to generate for the prompt, at most 16,384, and 1 at temperature 0; they share the blocks of its KV
+        cache, if prefix caching is on.
     presence_penalty, frequency_penalty: subtracted from the logit of a token that the output has, once, and once for
         each time it has it; in [-2, 2].
     repetition_penalty: divides the logits > 0, and multiplies the others, of tokens in the prompt or output; > 0.
-    temperature: 0 is greedy; values in (0, 0.01) are raised to 0.01.
+    temperature: in [0, 2]; 0 is greedy, values in (0, 0.01) are raised to 0.01.
     top_k: sample from the k most likely tokens (0 or -1: all).
     top_p: sample from the smallest set of tokens with at least this probability, in (0, 1].
     min_p: drop tokens less likely than this times the most likely one, in [0, 1].
@@ -130,9 +131,7 @@ class SamplingParams:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= MAX_FLOAT32:
                 raise ValueError(f"{name} must be a number, got {value!r}")
-        check_int("n", self.n, 1)
-        if self.n > MAX_N:
-            raise ValueError(f"n must be at most {MAX_N}, got {self.n}")
+        check_int("n", self.n, 1, MAX_N)
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name} must be in [-2, 2], got {getattr(self, name)}")
@@ -145,7 +144,7 @@ class SamplingParams:
             self.temperature = MIN_TEMPERATURE
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n must be 1 with temperature 0, which has one output only, got {self.n}")
-        check_int("top_k", self.top_k, -1)
+        check_int("top_k", self.top_k, -1, MAX_INT32)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -156,12 +155,9 @@ class SamplingParams:
             check_int("seed", self.seed, -1 << 63)
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1)
-        check_int("min_tokens", self.min_tokens, 0)
+        check_int("min_tokens", self.min_tokens, 0, MAX_INT32)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
-        for name in ("top_k", "min_tokens"):
-            if getattr(self, name) > MAX_INT32:
-                raise ValueError(f"{name} must be at most {MAX_INT32}, got {getattr(self, name)}")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), -1)
@@ -195,7 +191,7 @@ class SamplingParams:
                 raise ValueError(f"logit_bias must be a dict of token id: number, got {self.logit_bias!r}")
             bias = {}
             for token_id, value in self.logit_bias.items():
-                if isinstance(token_id, str) and token_id.isdigit():  # as keys in JSON are
+                if isinstance(token_id, str) and token_id.isdecimal():  # as keys in JSON are
                     token_id = int(token_id)
                 check_int("logit_bias", token_id, 0)
                 if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:

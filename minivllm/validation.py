@@ -19,22 +19,30 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
             raise ValueError(f"{what} has no argument {name!r}{hint}")
 
 
+# Options of vLLM's that ask for something there is not: for each the values that do not ask, and what to do instead.
+NotSupported = Mapping[str, tuple[tuple[Any, ...], str]]
+
+
 def take_options(
-    given: Mapping[str, Any], what: str, nothing: Mapping[str, tuple[Any, ...]], taken: Iterable[str] = ()
+    given: Mapping[str, Any], what: str, not_supported: NotSupported, taken: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Those of the options in `given` that are `taken`.  Raises ValueError for others but those in `nothing`, with one
-    of the values there."""
-    reject_unknown(given, [*taken, *nothing], what)
-    for name, value in given.items():
-        if name not in taken and value not in nothing[name]:
-            raise ValueError(f"{what}: {name} is not supported; leave it out")
+    """Those of the options in `given` that are `taken`.  Raises ValueError for any others, but for those that are not
+    supported and do not ask for anything either."""
+    taken = list(taken)
+    reject_unknown(given, [*taken, *not_supported], what)
+    for name in not_supported.keys() & given.keys():
+        harmless, remedy = not_supported[name]
+        if given[name] not in harmless:
+            raise ValueError(f"{what}: {name}={given[name]!r} is not supported: {remedy}")
     return {name: value for name, value in given.items() if name in taken}
 
 
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raise ValueError unless `value` is an int (not a bool) of at least `least`, and of 64 bits at most."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
+def check_int(name: str, value: Any, least: int, most: int = (1 << 63) - 1) -> None:
+    """Raise ValueError unless `value` is an int (not a bool) of at least `least` and at most `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}")
 
 
 def check_text(name: str, text: str) -> None:
@@ -45,21 +53,16 @@ def check_text(name: str, text: str) -> None:
         raise ValueError(f"{name} must be text, and has half a surrogate pair at {error.start}: {text!r:.80}") from None
 
 
-def refuses_unknown_options(not_supported: Mapping[str, Any] | None = None) -> Callable[[type], type]:
-    """Let the constructor of a dataclass refuse options it does not have with a ValueError that says why; those in
-    `not_supported` are accepted with the value there, which asks for nothing."""
+def refuses_unknown_options(not_supported: NotSupported | None = None) -> Callable[[type], type]:
+    """Let the constructor of a dataclass refuse options it does not have with a ValueError that says why."""
 
     def change(cls: Any) -> Any:
         init = cls.__init__
 
         @functools.wraps(init)
         def __init__(self: Any, **options: Any) -> None:
-            for name, nothing in (not_supported or {}).items():
-                value = options.pop(name, nothing)
-                if value != nothing and value not in ([], {}):
-                    raise ValueError(f"{cls.__name__}: {name} is not supported yet")
-            reject_unknown(options, [f.name for f in fields(cls)], cls.__name__)
-            init(self, **options)
+            names = [field.name for field in fields(cls)]
+            init(self, **take_options(options, cls.__name__, not_supported or {}, names))
 
         cls.__init__ = __init__
         return cls

@@ -250,6 +250,9 @@ def test_an_engine_that_cannot_start_says_why(tiny):
         AsyncLLM(3)
     with pytest.raises(ValueError, match="unexpected|unknown|no argument"):
         AsyncLLM(tiny("mha"), max_num_sequences=3, skip_tokenizer_init=True)
+    for wrong in (dict(block_size=17.5), dict(load_format="gguf"), dict(trust_remote_code=True, x=1)):
+        with pytest.raises(ValueError, match="block_size|gguf|argument 'x'"):  # before it is looked for
+            AsyncLLM("no-one/has-this", **wrong)
 
 
 def test_the_engine_ends_with_its_parent(tiny):

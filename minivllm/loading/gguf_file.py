@@ -109,11 +109,6 @@ class GGUFSource:
         return f"{prefix}{self._architecture.tensors[module]}.{kind}"
 
 
-def gguf_config(path: str | Path) -> dict[str, Any]:
-    """The config.json that a GGUF file's metadata amounts to. Raises as `GGUFSource` does."""
-    return GGUFSource(path).config
-
-
 def gguf_tokenizer(path: str | Path) -> str:
     """A folder with the tokenizer of a GGUF file, converted once. Raises ValueError for a kind that is not known."""
     path = Path(path)

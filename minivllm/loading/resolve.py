@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minivllm.config import EngineConfig
 from minivllm.inputs import RECOMMENDED
 from minivllm.loading import embedded
 from minivllm.loading.gguf_file import GGUFSource, gguf_tokenizer
@@ -39,6 +40,24 @@ class ModelFiles:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.tokenizer_folder)
+
+
+def find_model(
+    model: str | None, tokenizer: str | None, revision: str | None, skip_tokenizer_init: bool, config: EngineConfig
+) -> tuple[ModelFiles, dict[str, Any]]:
+    """The files of a model as `config` wants them (errors as for `resolve`), and the generation config that sampling
+    defaults come from."""
+    load_format = config.load_format
+    if load_format == "gguf" and not _is_gguf(str(model)):
+        raise ValueError(f"load_format='gguf' needs a .gguf file as model, got {model!r}")
+    if load_format in ("safetensors", "pt") and (model is None or _is_gguf(model)):
+        raise ValueError(f"load_format={load_format!r} does not fit the model {model!r}; leave it out")
+    files = resolve(
+        model, tokenizer, revision, need_tokenizer=not skip_tokenizer_init, need_weights=load_format != "dummy",
+        pickled=load_format == "pt",
+    )  # fmt: skip
+    own = files.generation_config
+    return files, sampling_defaults(own, config.generation_config, config.override_generation_config)
 
 
 def resolve(
