@@ -15,7 +15,6 @@ import pickle
 import socket
 import subprocess
 import threading
-import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,8 +51,6 @@ class OutputStream:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
-        self.num_outputs = params.n
-        self.arrival_time = time.monotonic()  # seconds
         self._cumulative = params.output_kind == RequestOutputKind.CUMULATIVE
         self._llm = llm
         self.loop = asyncio.get_running_loop()
@@ -280,11 +277,6 @@ class AsyncLLM:
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer; ValueError if there is none (skip_tokenizer_init)."""
         return self.inputs.get_tokenizer()
-
-    @property
-    def num_unfinished(self) -> int:
-        """Outputs that are still to come to their end."""
-        return sum(stream.num_outputs for stream in self._streams.values())
 
     @property
     def errored(self) -> bool:

@@ -54,8 +54,8 @@ def generate(
     """Answer every row of a .jsonl or .parquet file; a file of that kind comes out, with the same rows in their order.
 
     A row has "prompt" (text), "prompt_token_ids" or "messages" (a conversation), and may have "sampling_params", which
-    go over those given here.  It comes back with "generated_text", "finish_reason", "num_prompt_tokens",
-    "num_generated_tokens" and "error": why it could not be answered, else null.
+    go over those given here, but for what is null.  It comes back with "generated_text", "finish_reason",
+    "num_prompt_tokens", "num_generated_tokens" and "error": why it could not be answered, else null.
 
     sampling_params: options of SamplingParams; what is not given is the model's default.
     concurrency: engines, or the fewest and the most for Ray to choose from.
@@ -167,12 +167,13 @@ class _Engine:
     async def _answer(self, row: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = dict.fromkeys(ANSWER_FIELDS)
         try:
-            options = (
-                self._llm.inputs.default_options() | self._job.sampling_params | (row.get("sampling_params") or {})
-            )
+            own = row.get("sampling_params") or {}
+            own = {name: value for name, value in own.items() if value is not None}  # Parquet fills in what others have
+            options = self._llm.inputs.default_options() | self._job.sampling_params | own
             params = SamplingParams(**options, output_kind=RequestOutputKind.FINAL_ONLY)
+            prompt = await self._llm.with_tokenizer(self._prompt, row)
             output: RequestOutput
-            async for output in self._llm.generate(self._prompt(row), params):
+            async for output in self._llm.generate(prompt, params):
                 completion = output.outputs[0]
                 answer |= {
                     "generated_text": completion.text,

@@ -260,7 +260,7 @@ class RunningServer:
     def wait_until_idle(self, seconds=10.0):
         """Wait until no request is left, and check that the engine lost nothing."""
         end = time.monotonic() + seconds
-        while self.llm.num_unfinished or self.metric("num_requests_running") or self.metric("kv_cache_usage_perc"):
+        while self.llm._streams or self.metric("num_requests_running") or self.metric("kv_cache_usage_perc"):
             assert time.monotonic() < end, "requests are left over"
             time.sleep(0.01)
         self.call(self.llm.check_integrity())

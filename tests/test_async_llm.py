@@ -35,7 +35,7 @@ async def idle(llm):
     """Wait until the engine has nothing left to do, and check that it lost nothing."""
     for _ in range(200):
         await llm.check_integrity()
-        if not llm.num_unfinished:
+        if not llm._streams:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("requests are left over")
@@ -134,7 +134,7 @@ def test_abort_and_leaving_early(llm):
             if len(output.outputs[0].token_ids) > 2:
                 break
         await idle(llm)
-        assert llm.num_unfinished == 0
+        assert not llm._streams
 
     asyncio.run(run())
 
@@ -204,7 +204,7 @@ def test_requests_of_a_closed_event_loop_are_forgotten(llm):
 
     async def run():
         for _ in range(100):
-            if llm.num_unfinished == 0:
+            if not llm._streams:
                 break
             await asyncio.sleep(0.05)
         await idle(llm)

@@ -133,7 +133,9 @@ def test_parquet(cluster, embedded, tmp_path):
     from minivllm import ray as batch
 
     when = [datetime.datetime(2026, 11, day) for day in (1, 2, 3)]
+    own = [{"min_tokens": 3}, {"max_tokens": 5, "ignore_eos": True}, None]
     columns = {"id": [1, 2, 3], "prompt": ["One", "Two \u00e9", None], "weight": [0.5, None, 2.0], "when": when}
+    columns["sampling_params"] = own
     table = pyarrow.table(columns)
     parquet.write_table(table, tmp_path / "in.parquet")
     summary = batch.generate(
@@ -143,7 +145,7 @@ def test_parquet(cluster, embedded, tmp_path):
     assert summary == batch.Summary(3, 3, 1)
     found = parquet.read_table(tmp_path / "out.parquet")
     assert found.select(list(columns)).equals(table)
-    assert found["num_generated_tokens"].to_pylist()[2] is None and found["generated_text"].null_count == 1
+    assert found["num_generated_tokens"].to_pylist() == [3, 5, None] and found["generated_text"].null_count == 1
 
 
 def test_mistakes(tmp_path):

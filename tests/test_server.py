@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 from conftest import RunningServer
 
 from minivllm import LLM, SamplingParams
+from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -442,6 +444,41 @@ JSON = {"Content-Type": "application/json"}
 async def iter_bytes(count):
     for _ in range(count // 100):
         yield b" " * 100
+
+
+def test_what_needs_a_tokenizer_is_refused_without_one(tiny):
+    server = RunningServer(tiny("mha"), skip_tokenizer_init=True, max_num_seqs=2, block_size=16)
+    tool = dict(function=dict(name="f"))
+    try:
+        for path, body in (
+            ("/v1/completions", dict(prompt="x")),
+            ("/v1/completions", dict(prompt="x", add_special_tokens=False)),
+            ("/v1/completions", dict(prompt=[1, 2], echo=True)),
+            ("/v1/completions", dict(prompt=[1, 2], echo=True, stream=True)),
+            ("/v1/completions", dict(prompt=[1, 2], echo=True, logprobs=1)),
+            ("/v1/chat/completions", dict(messages=[dict(role="user", content="x")])),
+            ("/v1/chat/completions", dict(messages=[dict(role="user", content="x")], tools=[tool])),
+            ("/tokenize", dict(prompt="x")),
+            ("/detokenize", dict(tokens=[1])),
+        ):
+            status, answer, _ = request(server, path, body)
+            assert status == 400 and "no tokenizer" in answer["error"]["message"], (path, body, answer)
+    finally:
+        server.close()
+
+
+def test_time_per_token_of_several_outputs_is_that_of_one():
+    from minivllm.server.metrics import RequestWatch, ServerMetrics
+
+    metrics = ServerMetrics(SimpleNamespace(get_metrics=list), "m")
+    watch = RequestWatch(metrics, 10.0)
+    moments = RequestMetrics(10.0, 10.5, 11.0, 15.0)
+    outputs = [CompletionOutput(i, "", [1] * 5, finish_reason="length") for i in range(4)]
+    watch.see(RequestOutput("r", None, [1], outputs, True, moments))
+    text = metrics.text().decode()
+    assert 'vllm:request_time_per_output_token_seconds_sum{model_name="m"} 1.0' in text
+    assert 'vllm:time_to_first_token_seconds_sum{model_name="m"} 1.0' in text
+    assert 'vllm:request_generation_tokens_sum{model_name="m"} 20.0' in text
 
 
 def test_an_engine_that_dies_ends_streams(tiny):

@@ -150,7 +150,9 @@ class _Endpoints:
                 raise ValueError("prompt or messages must be given")
         except ValueError as error:
             raise ApiError(400, str(error)) from None
-        strings = {"token_strs": tokenizer.convert_ids_to_tokens(tokens)} if body.return_token_strs else {}
+        strings = {}
+        if body.return_token_strs:
+            strings["token_strs"] = await self._llm.with_tokenizer(tokenizer.convert_ids_to_tokens, tokens)
         limit = self._llm.facts.max_model_len
         return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens} | strings)
 

@@ -153,7 +153,10 @@ class ChatCompletion(Work):
         name = self._service.options.tool_call_parser
         if name is None:
             inputs = self._llm.inputs
-            name = guess_parser(inputs.chat_template or inputs.get_tokenizer().chat_template)
+            try:
+                name = guess_parser(inputs.chat_template or inputs.get_tokenizer().chat_template)
+            except ValueError as error:
+                raise ApiError(400, f"tools: {error}", "tools") from None
         if name is None:
             raise ApiError(
                 400,

@@ -36,15 +36,20 @@ class Completion(Work):
         self._n = self._params.n
         self._offsets: dict[int, int] = {}  # by choice: characters of its text, or of its tokens', so far
         self._prompt_logprobs: dict[int, Any] = {}  # by prompt; they come once
+        self._first_texts: dict[int, str] = {}  # by prompt: of its first token
 
     async def start(self) -> None:
-        prompts: list[Prompt] = [await self._prompt(prompt) for prompt in self._body.prompts()]
+        try:
+            prompts: list[Prompt] = [await self._prompt(prompt) for prompt in self._body.prompts()]
+        except (ValueError, OverflowError, IndexError) as error:
+            raise ApiError(400, f"prompt: {error}", "prompt") from None
         self._running = await self._service.start(prompts, self._params, self._id, "prompt")
 
     async def answer(self) -> dict[str, Any]:
         usage = Usage()
         choices: list[dict[str, Any]] = []
         async for i, output in self._outputs():
+            await self._decode_first_token(i, output)
             usage.see(output, is_first=True)
             for completion in output.outputs:
                 choice = self._choice(i, output, completion, is_first=True)
@@ -62,6 +67,7 @@ class Completion(Work):
         outputs = self._outputs()
         try:
             async for i, output in outputs:
+                await self._decode_first_token(i, output)
                 usage.see(output, is_first=i not in seen)
                 seen.add(i)
                 if self._drops_output:
@@ -82,7 +88,16 @@ class Completion(Work):
             tokenize = partial(self._llm.get_tokenizer(), prompt, add_special_tokens=False)
             ids = (await self._llm.with_tokenizer(tokenize)).input_ids
             return {"prompt": prompt, "prompt_token_ids": ids}
+        if isinstance(prompt, list) and self._body.echo:
+            text = await self._llm.with_tokenizer(self._llm.get_tokenizer().decode, prompt)
+            return {"prompt": text, "prompt_token_ids": prompt}
         return prompt
+
+    async def _decode_first_token(self, i: int, output: RequestOutput) -> None:
+        """Of a prompt that is shown token by token: nothing else is known of its first one."""
+        if self._body.echo and self._body.logprobs is not None and i not in self._first_texts:
+            decode = self._llm.get_tokenizer().decode
+            self._first_texts[i] = await self._llm.with_tokenizer(decode, output.prompt_token_ids[:1])
 
     def _choice(self, i: int, output: RequestOutput, completion: CompletionOutput, is_first: bool) -> dict[str, Any]:
         """What is new of one choice; with echo, its first part begins with the prompt."""
@@ -95,13 +110,13 @@ class Completion(Work):
         if self._drops_output:
             text, entries = "", []
         if self._body.echo and is_first:
-            text = self._prompt_text(output) + text
+            text = (output.prompt or "") + text
             entries = [*zip(output.prompt_token_ids, self._prompt_logprobs.get(i, ()), strict=False), *entries]
         offset = self._offsets.get(index, 0)
         logprobs = None
         self._offsets[index] = offset + len(text)
         if self._body.logprobs is not None:
-            logprobs = self._logprobs(entries, offset)
+            logprobs = self._logprobs(entries, offset, self._first_texts.get(i, ""))
             self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
         return {
             "index": index,
@@ -111,13 +126,10 @@ class Completion(Work):
             "stop_reason": completion.stop_reason,
         }
 
-    def _prompt_text(self, output: RequestOutput) -> str:
-        if output.prompt is not None:
-            return output.prompt
-        return str(self._llm.get_tokenizer().decode(output.prompt_token_ids))
-
-    def _logprobs(self, entries: Sequence[tuple[int, dict[int, Logprob] | None]], offset: int) -> dict[str, Any]:
-        """OpenAI's older form: four lists, an entry a token."""
+    def _logprobs(
+        self, entries: Sequence[tuple[int, dict[int, Logprob] | None]], offset: int, first_text: str
+    ) -> dict[str, Any]:
+        """OpenAI's older form: four lists, an entry a token.  `first_text`: of a prompt's first token."""
         tokens: list[str] = []
         token_logprobs: list[float | None] = []
         top_logprobs: list[dict[str, float] | None] = []
@@ -125,7 +137,7 @@ class Completion(Work):
         most = self._body.logprobs or 0
         for token_id, entry in entries:
             if entry is None:  # of the first token of a prompt nothing can be said
-                text = str(self._llm.get_tokenizer().decode([token_id]))
+                text = first_text
                 token_logprobs.append(None)
                 top_logprobs.append(None)
             else:

@@ -10,7 +10,7 @@ from prometheus_client import Counter as PrometheusCounter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from minivllm.async_llm import AsyncLLM, OutputStream
+from minivllm.async_llm import AsyncLLM
 from minivllm.metrics import Counter
 from minivllm.outputs import RequestOutput
 
@@ -63,21 +63,20 @@ class ServerMetrics:
 
 
 class RequestWatch:
-    """Is told of each output of a stream."""
+    """Is told of each output of a request that came at `arrival`, in seconds of time.monotonic."""
 
-    def __init__(self, metrics: ServerMetrics, stream: OutputStream) -> None:
+    def __init__(self, metrics: ServerMetrics, arrival: float) -> None:
         self._metrics = metrics
-        self._arrival = stream.arrival_time
-        self._first: float | None = None
-        self._last = 0.0
+        self._arrival = arrival
+        self._last: float | None = None  # when an output came last
         self._num_tokens = 0
+        self._num_first_tokens = 0  # of the first sample, whose times an output carries
 
     def see(self, output: RequestOutput) -> None:
         """An output has come."""
         metrics, now = self._metrics, time.monotonic()
         num_new = sum(len(completion.token_ids) for completion in output.outputs)
-        if self._first is None:
-            self._first = now
+        if self._last is None:
             metrics.ttft.observe((output.metrics.first_token_time or now) - self._arrival)
             if output.metrics.first_scheduled_time is not None:
                 metrics.queue.observe(max(0.0, output.metrics.first_scheduled_time - self._arrival))
@@ -87,11 +86,13 @@ class RequestWatch:
         self._last = now
         self._num_tokens += num_new
         for completion in output.outputs:
+            if completion.index == 0:
+                self._num_first_tokens += len(completion.token_ids)
             if completion.finish_reason is not None:
                 metrics.success.labels(metrics.model_name, completion.finish_reason).inc()
         if output.finished:
             metrics.e2e.observe(now - self._arrival)
             metrics.generation.observe(self._num_tokens)
             first, last = output.metrics.first_token_time, output.metrics.last_token_time
-            if self._num_tokens > 1 and first is not None and last is not None:
-                metrics.tpot.observe((last - first) / (self._num_tokens - 1))
+            if self._num_first_tokens > 1 and first is not None and last is not None:
+                metrics.tpot.observe((last - first) / (self._num_first_tokens - 1))

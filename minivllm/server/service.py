@@ -122,9 +122,9 @@ class Running:
         self.streams = streams
         self._num_outputs = num_outputs
 
-    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """(number of the prompt, output) of all requests as they come."""
-        watches = [RequestWatch(self._service.metrics, stream) for stream in self.streams]
+    async def outputs(self, arrival: float) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """(number of the prompt, output) of all requests, which came at `arrival`, as they come."""
+        watches = [RequestWatch(self._service.metrics, arrival) for _ in self.streams]
         async for i, output in _merged(self.streams):
             watches[i].see(output)
             yield i, output
@@ -148,6 +148,7 @@ class Work(ABC):
         self._model = service.check_model(body.model)
         self._id = f"{self.prefix}-{body.request_id or uuid.uuid4().hex}"
         self._created = int(time.time())  # seconds since 1970
+        self._arrival = time.monotonic()
         self._running: Running | None = None
 
     @abstractmethod
@@ -169,7 +170,7 @@ class Work(ABC):
 
     def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         assert self._running is not None, "not started"
-        return self._running.outputs()
+        return self._running.outputs(self._arrival)
 
     def _envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
@@ -238,6 +239,9 @@ class EventStream(Response):
                     await send(_event(json.dumps(content, ensure_ascii=False, separators=(",", ":"))))
         except (EngineDeadError, ApiError) as error:
             await self._end(send, error if isinstance(error, ApiError) else ApiError(500, str(error)))
+        except Exception as error:
+            await self._end(send, ApiError(500, f"{type(error).__name__}: {error}"))
+            raise
         else:
             await self._end(send)
 
