@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import io
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,32 @@ def json_object(text: str) -> dict[str, Any]:
 
 def output_file(text: str) -> str:
     """A file that can be written, found out before a long run and not after it."""
-    if not Path(text).absolute().parent.is_dir() or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"cannot write {text!r}: its folder is not there, or it is a folder itself")
+    path = Path(text)
+    try:
+        if not path.exists():
+            path.touch()
+            path.unlink()
+        elif path.is_dir() or not os.access(path, os.W_OK):
+            raise PermissionError(None, "it is a folder, or not yours to write")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: {error.strerror}") from None
     return text
+
+
+def picture_file(text: str) -> str:
+    """The same for a picture, whose suffix says its format."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install 'minivllm[plot]', or leave it out")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if Path(text).suffix[1:].lower() not in formats:
+        raise argparse.ArgumentTypeError(f"must end in one of {', '.join(sorted(formats))}, got {text!r}")
+    return output_file(text)
+
+
+def print_any_text() -> None:
+    """Let what the terminal's encoding lacks be printed as escapes, not be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

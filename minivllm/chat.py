@@ -5,6 +5,7 @@ What was said before comes out of the prefix cache, so that a long conversation 
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from minivllm import openai_events
 from minivllm.sampling_params import SamplingParams
 
 HELP = """/reset        start a new conversation
@@ -76,44 +78,54 @@ class RemoteModel:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         with self._request("models") as response:
-            models = json.load(response)["data"]
-        chosen = [one for one in models if model in (None, one["id"])]
-        if not chosen:
-            raise ValueError(f"the server has no model {model!r}; it has {', '.join(one['id'] for one in models)}")
-        self.name = chosen[0]["id"]
-        self.max_model_len = chosen[0].get("max_model_len")
+            try:
+                models = {str(one["id"]): one.get("max_model_len") for one in json.load(response)["data"]}
+            except (ValueError, LookupError, TypeError, AttributeError):
+                models = {}
+        if not models:
+            raise ValueError(f"{self._url}models names no model")
+        if model is not None and model not in models:
+            raise ValueError(f"the server has no model {model!r}; it has {', '.join(models)}")
+        self.name = model or next(iter(models))
+        self.max_model_len = models[self.name]
 
     def stream(self, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[Part]:
         body = {"model": self.name, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         part = Part("")
         with self._request("chat/completions", body | options) as response:
-            for line in response:
-                if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                    continue
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise ValueError(event["error"]["message"])
+            for line in self._lines(response):
+                event = openai_events.decode(line)
                 usage = event.get("usage") or {}
                 part.num_prompt_tokens = usage.get("prompt_tokens", part.num_prompt_tokens)
                 part.num_output_tokens = usage.get("completion_tokens", part.num_output_tokens)
                 details = usage.get("prompt_tokens_details") or {}
                 part.num_cached_tokens = details.get("cached_tokens") or part.num_cached_tokens
                 part.text = ""
-                for choice in event["choices"]:
-                    part.text = choice["delta"].get("content") or ""
+                for choice in event.get("choices") or ():
+                    part.text = (choice.get("delta") or {}).get("content") or ""
                     part.finish_reason = choice.get("finish_reason") or part.finish_reason
                 yield part
+        if part.finish_reason is None:
+            raise ValueError("the server broke off in the middle of its answer, which is forgotten")
+
+    def _lines(self, response: Any) -> Iterator[bytes]:
+        """The payloads of a stream, up to its end or to where it breaks off."""
+        with suppress(http.client.HTTPException):
+            for line in response:
+                payload = openai_events.payload(line)
+                if payload == openai_events.DONE:
+                    return
+                if payload:
+                    yield payload
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         try:
             return urllib.request.urlopen(urllib.request.Request(self._url + path, data, self._headers))
         except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            with suppress(ValueError, KeyError, TypeError):
-                text = json.loads(text)["error"]["message"]
-            raise ValueError(f"the server says ({error.code}): {text or error.reason}") from None
-        except (urllib.error.URLError, ValueError) as error:
+            message = openai_events.http_error(error.code, error.read(), error.reason)
+            raise ValueError(f"the server says {message}") from None
+        except (urllib.error.URLError, ValueError, http.client.HTTPException) as error:
             raise ValueError(f"{self._url} does not answer: {getattr(error, 'reason', error)}") from None
 
 
@@ -164,6 +176,8 @@ class Chat:
         except KeyboardInterrupt:
             reason = "stopped"
         except (ValueError, OSError) as error:
+            if text:
+                print()
             return note(str(error))
         end = time.monotonic()
         if first is None:
@@ -175,11 +189,12 @@ class Chat:
         self.num_cached_tokens += part.num_cached_tokens
         self.num_output_tokens += part.num_output_tokens
         num = part.num_output_tokens
-        rate = f"{(num - 1) / (end - first):.1f} tokens/s, " if num > 1 else ""
-        note(
-            f"{self.ending(reason, part.num_prompt_tokens + num)}{num} tokens, {rate}first after "
-            f"{1e3 * (first - start):.0f} ms, {part.num_cached_tokens} of {part.num_prompt_tokens} prompt tokens cached"
-        )
+        figures = [f"first after {1e3 * (first - start):.0f} ms"]
+        if part.num_prompt_tokens:  # a server tells them at the end only
+            rate = [f"{(num - 1) / (end - first):.1f} tokens/s"] if num > 1 else []
+            cached = f"{part.num_cached_tokens} of {part.num_prompt_tokens} prompt tokens cached"
+            figures = [f"{num} tokens", *rate, *figures, cached]
+        note(self.ending(reason, part.num_prompt_tokens + num) + ", ".join(figures))
 
     def ending(self, reason: str | None, num_tokens: int) -> str:
         """Why an answer in a conversation of now `num_tokens` tokens ended, if not by itself."""
@@ -203,6 +218,8 @@ def note(text: str) -> None:
 
 def run(model: ChatModel, system: str | None, options: dict[str, Any]) -> None:
     """Answer what is typed, line by line, until the end of input."""
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("a chat needs standard input and output")
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
@@ -210,7 +227,7 @@ def run(model: ChatModel, system: str | None, options: dict[str, Any]) -> None:
             import readline  # noqa: F401  (input() then edits lines and remembers them)
         note(f"{model.name}; /help lists the commands")
     chat = Chat(model, system, options)
-    for line in _read_lines(interactive):
+    for line in _read_lines() if interactive else map(str.strip, sys.stdin):
         if line == "/exit":
             break
         with suppress(KeyboardInterrupt):  # a second Ctrl-C, after an answer was stopped
@@ -220,14 +237,13 @@ def run(model: ChatModel, system: str | None, options: dict[str, Any]) -> None:
                 chat.answer(line)
 
 
-def _read_lines(interactive: bool) -> Iterator[str]:
+def _read_lines() -> Iterator[str]:
     """What the user types, line by line, until the end of input.  Ctrl-C gives up the line being typed."""
     while True:
         try:
-            yield input("> " if interactive else "").strip()
+            yield input("> ").strip()
         except KeyboardInterrupt:
             print()
         except EOFError:
-            if interactive:
-                print()
+            print()
             return

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
+
+# Signals that end programs are meant for the parent, which ends the process when it is done.
+QUIET = "import signal as s; s.signal(s.SIGINT, s.SIG_IGN); s.signal(s.SIGTERM, s.SIG_IGN)"
 
 
 class WorkerError(RuntimeError):
@@ -28,7 +30,7 @@ def start_process(
     with theirs:
         # -P: the caller's path decides which modules are found, not the folder it is in.
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"from {module} import main; main({theirs.fileno()})"],
+            [sys.executable, "-P", "-c", f"{QUIET}; from {module} import main; main({theirs.fileno()})"],
             pass_fds=[theirs.fileno()],
             env={
                 **(environment or {}),
@@ -55,7 +57,5 @@ def check_importable(name: str, functions: Iterable[Callable[..., object]]) -> N
 
 
 def connect(file_descriptor: int) -> Connection:
-    """The started process' end.  Signals that end programs are meant for its parent, which ends it when it is done."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """The started process' end."""
     return Connection(file_descriptor)

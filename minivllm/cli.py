@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from minivllm import __version__
-from minivllm.argument_types import json_object
+from minivllm.argument_types import at_least, json_object, print_any_text
 from minivllm.child_process import WorkerError
 from minivllm.config import EngineConfig
 
@@ -21,6 +21,7 @@ MODEL_HELP = "folder, hub id or .gguf file; default: the embedded SmolLM2-135M-I
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.  A user's mistakes are one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    print_any_text()
     if arguments[:1] == ["bench"]:
         from minivllm.bench import cli as bench
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, ImportError, WorkerError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, WorkerError) as error:
         print(f"minivllm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -93,15 +94,15 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--api-key", action="append", default=[], metavar="KEY", help="clients must send it; default: $MINIVLLM_API_KEY"
     )
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call the model; default: MODEL")
-    add("--max-queued-requests", type=int, default=1024, metavar="N",
+    add("--max-queued-requests", type=at_least(0), default=1024, metavar="N",
         help="that wait beyond those that run; more get status 429 (%(default)s)")  # fmt: skip
-    add("--max-body-mib", type=int, default=32, metavar="N", help="largest request body (%(default)s)")
+    add("--max-body-mib", type=at_least(1), default=32, metavar="N", help="largest request body (%(default)s)")
     add("--tool-call-parser", metavar="NAME", help="how the model writes tool calls; default: by its chat template")
     add(
         "--trust-request-chat-template", action="store_true", help="take chat templates from clients, who may be anyone"
     )
     add("--allowed-origins", type=json.loads, default=[], metavar="JSON", help="of web pages that may call: a list")
-    add("--grace-period", type=int, default=30, metavar="SECONDS",
+    add("--grace-period", type=at_least(0), default=30, metavar="SECONDS",
         help="that running requests have after SIGTERM (%(default)s)")  # fmt: skip
     add("--access-log", action="store_true", help="a line for each request")
     add_engine_arguments(parser)
@@ -118,9 +119,6 @@ def _serve(args: argparse.Namespace) -> None:
         raise ValueError(f"--tool-call-parser must be one of {', '.join(PARSERS)}; got {args.tool_call_parser!r}")
     if not isinstance(args.allowed_origins, list):
         raise ValueError("--allowed-origins must be a JSON list of origins")
-    for name, least in (("max_queued_requests", 0), ("grace_period", 0), ("max_body_mib", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if "" in args.api_key:
         raise ValueError("--api-key must not be empty")
     listener = bind(args.host, args.port)
@@ -161,6 +159,8 @@ def _generate(args: argparse.Namespace) -> None:
     from minivllm.sampling_params import SamplingParams
 
     SamplingParams(**_sampling_options(args))  # mistakes show before anything is loaded
+    if not args.prompt and sys.stdin is None:
+        raise ValueError("there is no standard input; give --prompt")
     prompts = args.prompt or [sys.stdin.read()]
     from minivllm import LLM
 

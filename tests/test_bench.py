@@ -245,6 +245,9 @@ def test_random_weights_of_a_shape(monkeypatch, capsys, tmp_path):
         ("--dtype int3", "dtype must be one of"),
         ("--temperature -1", "temperature must be"),
         ("--max-model-len 100 --input-len 64 --output-len 64", "raise --max-model-len"),
+        ("latency --max-model-len 100 --input-len 64 --output-len 64", "raise --max-model-len"),
+        ("--plot out.foo", "must end in one of"),
+        ("--profile /proc/x", "cannot write"),
         ("--num-prompts 1 kernels", "unrecognized arguments"),
         ("kernels --block-size 48", "--block-size must be"),
         pytest.param("kernels", "no CUDA GPU", marks=pytest.mark.skipif(ON_GPU, reason="there is a GPU")),
@@ -264,7 +267,7 @@ def test_missing_matplotlib_is_said_before_the_run(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         main(["--plot", "out.png"])
-    assert "pip install matplotlib" in capsys.readouterr().err
+    assert "pip install 'minivllm[plot]'" in capsys.readouterr().err
 
 
 # ---- kernels

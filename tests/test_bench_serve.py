@@ -190,6 +190,10 @@ def test_definitions():
     assert figures.max_concurrent_requests == 3
     assert figures.max_output_tokens_per_s == pytest.approx(7)
     assert tokens_per_bin([a, b, c], 0.5) == pytest.approx([7 * 3 / 4, 7 / 4, 0, 1])
+    early = RequestRecord(8.0, 8.1, error="broken")
+    assert tokens_per_bin([early, a, b], 0.5) == pytest.approx([0, 0, 0, 0, 7 * 3 / 4, 7 / 4, 0, 1])
+    late = RequestRecord(7.6, 8.1, error="broken")  # the bins of a whole run begin with its first request
+    assert compute_figures([a, late], 2.0, [50], {}).max_output_tokens_per_s == pytest.approx(7 * 3 / 4)
 
 
 def test_goodput_counts_requests_within_all_objectives():
@@ -245,6 +249,8 @@ def test_arrivals_have_the_moments_of_a_gamma_distribution(burstiness):
 def test_arrivals_without_chance():
     assert serve_workload.plan_arrivals(3, math.inf, 1.0, 0).tolist() == [0, 0, 0]
     assert serve_workload.plan_arrivals(4, 2.0, math.inf, 0) == pytest.approx([0.5, 1, 1.5, 2])
+    with pytest.raises(ValueError, match="all gaps between requests are 0"):
+        serve_workload.plan_arrivals(4, 2.0, 1e-5, 0)
 
 
 def test_requests_are_sent_when_they_are_due(server, tmp_path):
@@ -332,7 +338,7 @@ def test_random_samples_do_not_hang_on_their_number():
 
 
 def test_custom_data_set(server, tmp_path):
-    rows = [{"prompt": "abc", "max_tokens": 2}, {"prompt": [1, 2, 3, 4]}, {"prompt": "defgh", "output_len": 3}]
+    rows = [{"prompt": "abc", "max_tokens": 2}, {"prompt": [1, 2, 3, 4]}, {"prompt": "defgh", "output_tokens": 3}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     options = ("--dataset-name", "custom", "--dataset-path", path, "--custom-output-len", 4)
@@ -486,6 +492,7 @@ def test_many_events_and_no_line_end_after_the_last():
         (b'{"id": "not a stream"}', "no token"),
         (b"data: [DONE]\n\n", "no token"),
         (b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n', "no usage"),
+        (b'data: {"choices": [{"text": "a"}]}\n\n', "broke off in the middle"),
         (b"data: {oops\n\n", "no JSON object: {oops"),
         (b'data: {"error": "full"}\n\ndata: [DONE]\n\n', "reported an error: full"),
     ],
@@ -568,14 +575,13 @@ def test_options_that_do_not_go_together_are_refused(options, name):
         serve.run(parse(*options))
 
 
-def test_missing_packages_are_named(monkeypatch, tmp_path):
-    for package, options, message in [
-        ("aiohttp", [], r"pip install 'minivllm\[server\]'"),
-        ("matplotlib", ["--plot", tmp_path / "plot.png"], r"--plot needs matplotlib: pip install"),
-    ]:
-        monkeypatch.setattr("importlib.util.find_spec", lambda name, missing=package: None if name == missing else name)
-        with pytest.raises(ValueError, match=message):
-            serve.run(parse(*options))
+def test_missing_packages_are_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'minivllm\[server\]'"):
+        serve.run(parse())
+    with pytest.raises(SystemExit):
+        parse("--plot", tmp_path / "plot.png")
+    assert "argument --plot: needs matplotlib: pip install" in capsys.readouterr().err
 
 
 def test_nothing_of_torch_is_imported():

@@ -1,21 +1,27 @@
 """The command line, as a user meets it."""
 
+import contextlib
+import http.server
+import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import fields
 
 import pytest
 
 from minivllm import __version__
+from minivllm.chat import Chat, RemoteModel
 from minivllm.cli import main
 from minivllm.config import EngineConfig
 
 
-def run(*arguments, text="", timeout=120):
+def run(*arguments, text="", timeout=120, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "minivllm", *arguments], input=text, capture_output=True, text=True, timeout=timeout
-    )
+        [sys.executable, "-m", "minivllm", *arguments], input=text, capture_output=True, text=True, timeout=timeout,
+        env=os.environ | environment,
+    )  # fmt: skip
 
 
 def test_help_names_everything(capsys):
@@ -99,7 +105,9 @@ def test_chat_with_a_server(server):
     wrong = run("chat", "gpt-9", "--url", server.url + "/v1", text="Hi\n")
     assert wrong.returncode == 1 and "the server has no model 'gpt-9'; it has smol" in wrong.stderr
     refused = run("chat", "--url", server.url, "--system", "x " * 3000, text="Hi\n")
-    assert refused.returncode == 0 and "the server says (400)" in refused.stdout and "max_model_len" in refused.stdout
+    assert (
+        refused.returncode == 0 and "the server says HTTP 400" in refused.stdout and "max_model_len" in refused.stdout
+    )
 
 
 def test_chat_in_this_process(embedded):
@@ -113,3 +121,65 @@ def test_bench_latency(tiny, tmp_path):
                "--num-iters", "3", "--num-iters-warmup", "1", "--json", str(tmp_path / "out.json"))  # fmt: skip
     assert done.returncode == 0 and "latency_mean_s" in done.stdout, done.stderr
     assert '"latency_p99_s"' in (tmp_path / "out.json").read_text()
+
+
+@contextlib.contextmanager
+def server_that_answers(models, stream):
+    """The URL of one that knows nothing but these two answers."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(models)
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(stream)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{one.server_address[1]}"
+        one.shutdown()
+
+
+MODELS = b'{"data": [{"id": "m", "max_model_len": 99}]}'
+PIECE, LAST = b'data: {"choices":[{"delta":{"content":"Hi"}}]}\n\n', b'data:{"choices":[{"finish_reason":"stop"}]}\n\n'
+USAGE = b'data: {"choices":null,"usage":{"prompt_tokens":7,"completion_tokens":2}}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize(
+    ("stream", "shown"),
+    [
+        (PIECE * 2 + LAST + USAGE, "HiHi\n2 tokens, "),
+        (PIECE + LAST, "Hi\nfirst after "),
+        (PIECE * 2, "HiHi\nthe server broke off in the middle of its answer, which is forgotten"),
+        (PIECE + b'data: {"error": "boom"}\n\n', "Hi\nthe server reported an error: boom"),
+        (b"data: 3\n\n", "the server sent an event that is no JSON object: 3"),
+    ],
+)
+def test_chat_with_servers_of_all_kinds(stream, shown, capsys):
+    with server_that_answers(MODELS, stream) as url:
+        chat = Chat(RemoteModel(url, None, None), None, {})
+        chat.answer("?")
+        assert capsys.readouterr().out.startswith(shown)
+        assert len(chat.turns) == (2 if LAST in stream else 0)
+
+
+@pytest.mark.parametrize("models", [b'{"detail": "x"}', b"[]", b"<html>", b'{"data": []}', b'{"data": [1]}'])
+def test_chat_with_what_is_no_server(models):
+    with server_that_answers(models, b"") as url, pytest.raises(ValueError, match=r"/v1/models names no model"):
+        RemoteModel(url, None, None)
+    for url in ("http://localhost:80a0", "http://local host", "localhost:1"):
+        with pytest.raises(ValueError, match="does not answer"):
+            RemoteModel(url, None, None)
+
+
+def test_a_terminal_that_lacks_characters():
+    done = run("generate", "--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "\\u2026" in done.stdout

@@ -1,8 +1,10 @@
 """The examples, run as a user would."""
 
 import os
+import pty
 import re
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -81,27 +83,56 @@ def test_chat_mistakes_are_one_line(argv, monkeypatch, capsys):
 
 
 def test_chat_survives_ctrl_c():
-    """Ctrl-C stops the answer, at the prompt it does nothing, and the chat goes on either way."""
+    """Ctrl-C stops the answer, at the prompt it gives up the line, and the chat goes on either way."""
+    ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, EXAMPLES / "chat.py", "--temperature", "0", "--max-tokens", "4000"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
-    )
+        stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=ENVIRONMENT, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    out = b""
+
+    def read_until(pattern):
+        nonlocal out
+        while not re.search(pattern, out):
+            assert select.select([ours], [], [], 60)[0], out
+            out += os.read(ours, 4096)
+        found, out = out, b""
+        return found
+
     try:
-        process.stdin.write(b"Write a very long story about a fox and a bear.\n")
-        process.stdin.flush()
-        out = os.read(process.stdout.fileno(), 4096)
+        read_until(rb"/help lists the commands(?s:.)*> ")
+        os.write(ours, b"Write a very long story about a fox and a bear.\n")
+        read_until(rb"(?s)bear\.\r\n.+")
         process.send_signal(signal.SIGINT)
-        while b"stopped; " not in out and (more := os.read(process.stdout.fileno(), 4096)):
-            out += more
-        time.sleep(0.3)
+        read_until(rb"(?s)stopped; \d+ tokens, .*> ")
+        os.write(ours, b"not to be")
+        read_until(b"not to be")
+        time.sleep(0.5)  # until the terminal waits for the next key, which alone a signal interrupts
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
-        rest, error = process.communicate(b"/reset\nWhat is the capital of France?\n/stats\n", timeout=60)
+        read_until(rb"> ")
+        os.write(ours, b"/reset\nWhat is the capital of France?\n/stats\n")
+        assert b"The capital of France is Paris." in read_until(rb"answers: 1, of 8 tokens")
+        os.write(ours, b"/exit\n")
+        assert process.wait(20) == 0 and b"Traceback" not in process.stderr.read()
     finally:
         process.kill()
-    assert process.returncode == 0 and b"Traceback" not in error, error
-    assert re.search(rb"\nstopped; \d+ tokens, ", out + rest)
-    assert b"The capital of France is Paris." in rest and b"answers: 1, of 8 tokens" in rest
+        os.close(ours)
+
+
+def test_ctrl_c_ends_a_chat_without_a_terminal():
+    process = subprocess.Popen(
+        [sys.executable, EXAMPLES / "chat.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    try:
+        process.stdin.write(b"Hi\n")
+        process.stdin.flush()
+        os.read(process.stdout.fileno(), 4096)  # of an answer
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130 and b"Traceback" not in process.stderr.read()
+    finally:
+        process.kill()

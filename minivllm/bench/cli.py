@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 import time
@@ -12,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minivllm.argument_types import at_least, output_file
+from minivllm.argument_types import at_least, output_file, picture_file, print_any_text
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
 from minivllm.child_process import WorkerError
 
@@ -38,6 +37,7 @@ def main(argv: Sequence[str], prog: str = "bench.py") -> int:
         print(f"usage: {prog} COMMAND [options]\n", *lines, f"\n`{prog} COMMAND --help` explains one.", sep="\n")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     named = prog if rest is argv else f"{prog} {command}"
+    print_any_text()
     try:
         if command == "kernels":
             _bench_kernels(parse_kernels(rest, named))
@@ -47,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "bench.py") -> int:
             _bench_latency(parse_latency(rest, named))
         else:
             _bench_throughput(parse_throughput(rest, named))
-    except (ValueError, OSError, WorkerError) as error:
+    except (ValueError, OSError, MemoryError, WorkerError) as error:
         print(f"{named}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -74,11 +74,9 @@ def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Na
     add("--max-num-seqs", type=at_least(1), metavar="N", help="requests that run at once at most; default: 256")
     add("--compare", choices=["hf"], help="run the same requests through Hugging Face generate too")
     add("--json", type=output_file, metavar="FILE", help="write all figures, requests and the time series")
-    add("--plot", type=output_file, metavar="FILE", help="draw the run, and on a GPU a decode step's time (PNG)")
+    add("--plot", type=picture_file, metavar="FILE", help="draw the run, and on a GPU a decode step's time (PNG)")
     add("--profile", type=output_file, metavar="FILE", help="write a trace of the first steps, for ui.perfetto.dev")
     args = parser.parse_args(argv)
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib; pip install matplotlib, or leave --plot out")
     if args.profile and args.tensor_parallel_size > 1:
         parser.error("--profile traces this process; leave --tensor-parallel-size out")
     if args.compare and args.model and args.model.endswith(".gguf"):
@@ -168,6 +166,8 @@ def _bench_throughput(args: argparse.Namespace) -> None:
             "requests": report.requests_json(outputs),
             "series": report.series_json(moments),
         }
+        if args.json:
+            report.write_json(args.json, content)  # whatever comes of the rest
         step = None
         if args.profile or (args.plot and on_gpu and args.tensor_parallel_size == 1):
             path = args.profile or str(Path(folder) / "trace.json")
@@ -225,12 +225,13 @@ def _bench_serve(argv: Sequence[str], prog: str) -> None:
 
 
 def _bench_latency(args: argparse.Namespace) -> None:
-    from minivllm.bench import latency, report
+    from minivllm.bench import latency, report, throughput
 
     with (
         tempfile.TemporaryDirectory() as folder,
         _load(args, _model(args, folder), max_num_seqs=args.batch_size) as llm,
     ):
+        throughput.check_lengths(llm, args.input_len, args.output_len)
         seconds = latency.measure(
             llm, args.batch_size, args.input_len, args.output_len, args.num_iters_warmup, args.num_iters
         )

@@ -7,7 +7,9 @@ forward, sample, update.  A decode step that replays a CUDA graph has its sampli
 from __future__ import annotations
 
 import bisect
+import gzip
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,8 +35,10 @@ GROUPS = {  # the first of these words in a kernel's name says what it belongs t
     "_plan_": "attention",
     "rope": "RoPE and KV write",
     "norm": "norms",
-    "silu": "activation",
+    "_activate_": "activation",
     "_sample_": "sampling",
+    "_truncate_": "sampling",
+    "_quantize_": "matrix products",
     "_vector_kernel": "matrix products",
     "_dot_kernel": "matrix products",
     "nvjet": "matrix products",
@@ -95,14 +99,16 @@ def trace(llm: LLM, workload: Workload, path: str) -> list[ScheduledBatch]:
     engine.abort_requests(request_ids)
     while engine.has_unfinished_requests():
         engine.step()
-    profiler.export_chrome_trace(path)
+    profiler.export_chrome_trace(path)  # which raises nothing if it cannot
+    if not os.path.exists(path):
+        raise OSError(f"the trace could not be written to {path}")
     return batches
 
 
 def decode_step(llm: LLM, batches: list[ScheduledBatch], path: str, bytes_per_s: float) -> DecodeStep | None:
     """What the decode steps in a trace of a GPU spent their time on, or None if there is none.  `bytes_per_s`: the
     memory's read bandwidth."""
-    with open(path, encoding="utf-8") as file:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     starts = sorted(e["ts"] for e in events if e["cat"] == "user_annotation" and e["name"].startswith("step "))
     launched_at = {e["args"]["correlation"]: e["ts"] for e in events if e["cat"] in ("cuda_runtime", "cuda_driver")}

@@ -43,19 +43,19 @@ def run(args: argparse.Namespace) -> None:
 
     duration = max(record.end for record in records) - begin
     figures = compute_figures(records, duration, args.metric_percentiles, dict(args.goodput))
-    print(format_table(figures, args.percentile_metrics, args.max_concurrency, args.request_rate))
-    errors = Counter(record.error for record in records if record.error)
-    for error, count in errors.most_common(NUM_SHOWN_ERRORS):
-        print(f"{count} failed: {error}")
-    if len(errors) > NUM_SHOWN_ERRORS:
-        print(f"and {len(errors) - NUM_SHOWN_ERRORS} other errors")
-    if args.json:
+    if args.json:  # before anything is printed to where nobody may read it
         requests = [
             {"arrival_s": arrival} | record.to_json(begin) for arrival, record in zip(arrivals, records, strict=True)
         ]
         content = {"date": time.strftime("%Y%m%d-%H%M%S"), "model_id": model, "settings": settings(args)}
         content |= figures.to_json() | {"requests": requests}
         Path(args.json).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    print(format_table(figures, args.percentile_metrics, args.max_concurrency, args.request_rate))
+    errors = Counter(record.error for record in records if record.error)
+    for error, count in errors.most_common(NUM_SHOWN_ERRORS):
+        print(f"{count} failed: {error}")
+    if len(errors) > NUM_SHOWN_ERRORS:
+        print(f"and {len(errors) - NUM_SHOWN_ERRORS} other errors")
     if not figures.completed:
         raise ValueError(f"all {len(records)} requests failed: {errors.most_common(1)[0][0]}")
     if args.plot:

@@ -10,13 +10,14 @@ import asyncio
 import json
 from array import array
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import nullcontext
 from time import perf_counter
 from typing import Any, TypeVar
 
 import aiohttp
 
+from minivllm import openai_events
 from minivllm.bench.serve_metrics import RequestRecord
 
 T = TypeVar("T")
@@ -177,18 +178,20 @@ class EventLog:
             self.feed(b"\n", self._times[-1] if self._times else perf_counter())
         usage: dict[str, int] | None = None
         end = len(self._times)
-        for event in map(_decode, reversed(_payloads(self._tail))):
+        for event in map(openai_events.decode, reversed(_payloads(self._tail))):
             usage = usage or event.get("usage")
             if _has_token(event):
                 break
             end -= 1
         begin = 0
-        for event in map(_decode, _payloads(self._head)):
+        for event in map(openai_events.decode, _payloads(self._head)):
             if _has_token(event):
                 break
             begin += 1
         if begin >= end:
             raise ValueError("the server sent no token")
+        if not usage and openai_events.DONE not in _payloads(self._tail):
+            raise ValueError("the server broke off in the middle of an answer")
         if not usage:
             raise ValueError(
                 "the server sent no usage, from which tokens are counted; it must know stream_options.include_usage"
@@ -196,24 +199,8 @@ class EventLog:
         return self._times[begin:end], usage
 
 
-def _payloads(pieces: Sequence[bytes] | deque[bytes]) -> list[bytes]:
-    lines = b"".join(pieces).split(b"\n")
-    return [line[len(b"data:") :].strip() for line in lines if line.startswith(b"data:")]
-
-
-def _decode(payload: bytes) -> dict[str, Any]:
-    """The event's JSON; {} for the last one, "[DONE]".  Raises ValueError if it is an error, or no JSON."""
-    if payload == b"[DONE]":
-        return {}
-    try:
-        event = json.loads(payload)
-    except json.JSONDecodeError:
-        event = None
-    if not isinstance(event, dict):
-        raise ValueError(f"the server sent an event that is no JSON object: {_shortened(payload)}")
-    if event.get("error"):
-        raise ValueError(f"the server reported an error: {_error_message(event, payload)}")
-    return event
+def _payloads(pieces: Iterable[bytes]) -> list[bytes]:
+    return [payload for line in b"".join(pieces).split(b"\n") if (payload := openai_events.payload(line))]
 
 
 def _has_token(event: dict[str, Any]) -> bool:
@@ -227,22 +214,4 @@ def _has_token(event: dict[str, Any]) -> bool:
 
 
 async def _http_error(response: aiohttp.ClientResponse) -> str:
-    body = await response.read()
-    try:
-        message = _error_message(json.loads(body), body)
-    except ValueError:
-        message = _shortened(body)
-    return f"HTTP {response.status}: {message or response.reason}"
-
-
-def _error_message(answer: Any, raw: bytes) -> str:
-    """The message in an OpenAI error, or in what others send in its place."""
-    error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    if isinstance(error, dict):
-        error = error.get("message") or error.get("detail")
-    return error if isinstance(error, str) else _shortened(raw)
-
-
-def _shortened(raw: bytes) -> str:
-    text = " ".join(raw.decode("utf-8", "replace").split())
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return openai_events.http_error(response.status, await response.read(), response.reason)

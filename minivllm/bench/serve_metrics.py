@@ -128,7 +128,7 @@ def compute_figures(
         request_goodput=num_good / duration if goodput else None,
         output_throughput=num_output / duration,
         total_token_throughput=(num_input + num_output) / duration,
-        max_output_tokens_per_s=float(max(tokens_per_bin(done, 1.0), default=0.0)),
+        max_output_tokens_per_s=float(max(tokens_per_bin(records, 1.0), default=0.0)),
         max_concurrent_requests=int(max(concurrency(records)[1], default=0)),
         metrics={name: _summary(1e3 * values[name], {99.0, *percentiles}) for name in METRICS},
     )

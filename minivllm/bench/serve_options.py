@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from minivllm.argument_types import at_least, json_object, output_file
+from minivllm.argument_types import at_least, json_object, output_file, picture_file
 from minivllm.bench.serve_metrics import METRICS
 
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
@@ -94,15 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--disable-tqdm", action="store_true", help="no progress bar")
     add("--json", type=output_file, metavar="FILE", help="write all figures and every request")
-    add("--plot", type=output_file, metavar="FILE", help="draw the run (PNG)")
+    add("--plot", type=picture_file, metavar="FILE", help="draw the run (PNG)")
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for options that do not go together, and for packages that are missing."""
     if importlib.util.find_spec("aiohttp") is None:
         raise ValueError("`bench serve` needs aiohttp: pip install 'minivllm[server]'")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'minivllm[plot]', or leave --plot out")
     if args.base_url and not args.base_url.startswith(("http://", "https://")):
         raise ValueError(f"--base-url must begin with http:// or https://, got {args.base_url!r}")
     if args.base_url and args.base_url.rstrip("/").endswith("/v1") and (args.endpoint or "/v1").startswith("/v1"):
@@ -182,6 +180,6 @@ def _percentiles(text: str) -> list[float]:
 def _objective(text: str) -> tuple[str, float]:
     """An argparse type: a metric of a request and the most milliseconds it may take."""
     name, _, value = text.partition(":")
-    if name not in SLO_METRICS or not _float(value) >= 0:
+    if name not in SLO_METRICS or not 0 <= _float(value) < math.inf:
         raise argparse.ArgumentTypeError(f"must be METRIC:MILLISECONDS, of {', '.join(SLO_METRICS)}, got {text!r}")
     return name, float(value)

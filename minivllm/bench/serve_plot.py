@@ -29,7 +29,7 @@ def plot(path: str, title: str, figures: Figures, records: Sequence[RequestRecor
     _histogram(itl, "Inter-token latency (ITL)", "gaps between chunks (log scale)", itls, figures.metrics["itl"])
 
     seconds = max(duration / 60, 1e-3)
-    rates = tokens_per_bin(done, seconds) / seconds
+    rates = tokens_per_bin(records, seconds) / seconds
     edges = seconds * np.arange(len(rates) + 1)
     throughput.stairs(rates, edges, fill=True, color="tab:blue", alpha=0.35)
     throughput.stairs(rates, edges, color="tab:blue", baseline=None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+LENGTH_NAMES = ("max_tokens", "output_len", "output_tokens")  # of an answer, in a row of a dataset
 # A token each in the vocabularies of common models, with the space before it.
 _TEXT = """
 the of and to in is you that it he was for on are as with his they at be this have from or one had by word but not
@@ -67,7 +68,7 @@ def custom_samples(
     path: str, num_samples: int, output_len: int, seed: int, chat: bool, shuffle: bool = True, oversample: bool = True
 ) -> list[Sample]:
     """The requests of a JSONL file, whose rows have "prompt" (text or token ids) or "messages", and may have
-    "max_tokens" or "output_len"; `output_len` is for rows without.
+    one of LENGTH_NAMES; `output_len` is for rows without.
 
     A file of fewer rows is gone through again, or with `oversample` off gives fewer samples.
 
@@ -76,12 +77,12 @@ def custom_samples(
         OSError: the file cannot be read.
     """
     samples = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
                     samples.append(_custom_sample(json.loads(line), output_len, chat))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"--dataset-path {path}, line {number}: {error}") from error
     if not samples:
         raise ValueError(f"--dataset-path {path} has no requests")
@@ -119,6 +120,8 @@ def plan_arrivals(num_requests: int, request_rate: float, burstiness: float, see
     else:
         gaps = np.random.default_rng(seed).gamma(burstiness, size=num_requests)
     arrivals = np.cumsum(gaps)
+    if not arrivals[-1] > 0:
+        raise ValueError(f"--burstiness {burstiness}: all gaps between requests are 0; give more than that")
     return arrivals * (num_requests / request_rate / arrivals[-1])
 
 
@@ -130,9 +133,10 @@ def _draw_length(rng: np.random.Generator, length: int, ratio: float, least: int
 def _custom_sample(row: Any, output_len: int, chat: bool) -> Sample:
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
         raise ValueError('expected an object with either "prompt" or "messages"')
-    own_len = row.get("max_tokens", row.get("output_len", output_len))
+    name = next((name for name in LENGTH_NAMES if name in row), LENGTH_NAMES[0])
+    own_len = row.get(name, output_len)
     if type(own_len) is not int or own_len < 1:
-        raise ValueError(f'"max_tokens" must be an integer of at least 1, got {own_len!r}')
+        raise ValueError(f'"{name}" must be an integer of at least 1, got {own_len!r}')
     if "messages" in row:
         if not chat:
             raise ValueError('"messages" need --backend openai-chat')

@@ -97,7 +97,7 @@ def measure(llm: LLM, workload: Workload) -> tuple[Throughput, list[RequestOutpu
 
     Raises ValueError for a workload that does not fit the engine.
     """
-    _check_lengths(llm, workload)
+    check_lengths(llm, workload.input_len[1], workload.output_len[1])
     engine, stats = llm.engine, llm.engine.scheduler.stats
     prompts, output_lens = workload.draw(llm.model_config.vocab_size)
     _run(engine, [[1, 2, 3]] * 2, [4] * 2, workload.temperature)
@@ -143,9 +143,9 @@ def time_per_token(output: RequestOutput) -> float | None:
     return (metrics.last_token_time - metrics.first_token_time) / (num_tokens - 1)
 
 
-def _check_lengths(llm: LLM, workload: Workload) -> None:
+def check_lengths(llm: LLM, input_len: int, output_len: int) -> None:
     """Raise ValueError if requests would be cut at max_model_len, which would falsify the figures."""
-    longest, limit = workload.input_len[1] + workload.output_len[1], llm.config.max_model_len
+    longest, limit = input_len + output_len, llm.config.max_model_len
     assert limit is not None
     if longest > limit:
         raise ValueError(
