@@ -97,8 +97,9 @@ class CompletionOutput:
     """One completion of a prompt.  `finish_reason` is "stop", "length", "repetition", "abort", "error" (one of the
     request's own functions has failed) or None (unfinished).
 
-    `stop_reason` is the stop string, or the id of the stop_token_ids, that ended it, "repetition_detected", or what the
-    function that failed has raised; None for end-of-sequence.
+    `stop_reason` is the stop string, or the id of the stop_token_ids or of a further end-of-sequence token, that ended
+    it, "repetition_detected", what the function that failed has raised, or why its grammar could not go on ("abort");
+    else None.
     `logprobs` has a dict by token id for each of `token_ids`: the token sampled, then the most likely ones, or those of
     logprob_token_ids; None, like `cumulative_logprob`, the sum for the tokens sampled, if they were not asked for.
     With flat_logprobs they are FlatLogprobs.

@@ -621,6 +621,18 @@ def test_tokens_that_never_become_text_are_not_decoded_again_and_again(token, pr
     assert detokenizer.text == ("" if token == 2 else "\ufffd" * 500) + ("world." if begins_text else " world.")
 
 
+@pytest.mark.parametrize("num_before", [15, 16, 17, 100])
+def test_a_character_after_many_bytes_that_are_none_is_there_however_it_comes(embedded_llm, num_before):
+    tokenizer = embedded_llm.get_tokenizer()
+    first, second = tokenizer.convert_tokens_to_ids(["\u00cd", "\u00b8"])  # the bytes of U+0378
+    token_ids = [first] * num_before + [second, second]
+    for size in (1, 3, 1000):
+        detokenizer = Detokenizer(tokenizer, [1, 50], SamplingParams())
+        for begin in range(0, len(token_ids), size):
+            detokenizer.append(token_ids[begin : begin + size], begin + size >= len(token_ids))
+        assert detokenizer.text == tokenizer.decode(token_ids) == "\ufffd" * (num_before - 1) + "\u0378\ufffd"
+
+
 def test_a_character_at_the_end_of_many_tokens_at_once_is_waited_for():
     """As of a draft."""
     detokenizer = Detokenizer(sentencepiece_like(), [1, 3], SamplingParams())

@@ -3,7 +3,9 @@
 import json
 import pickle
 import re
+from functools import partial
 
+import llguidance
 import numpy as np
 import pytest
 
@@ -157,9 +159,63 @@ def test_options_that_leave_nothing_end_the_request(llm):
         SamplingParams(temperature=0, max_tokens=20, structured_outputs=choice, min_tokens=10),
     ]
     outputs = [output.outputs[0] for output in llm.generate([PROMPTS[0]] * 3, params, use_tqdm=False)]
-    assert outputs[0].finish_reason == "abort"
+    assert outputs[0].finish_reason == "abort" and "its other options leave nothing" in outputs[0].stop_reason
     for output in outputs[1:]:
         assert (output.text, output.finish_reason) == ("no", "stop")
+
+
+def chain(length):
+    """A schema of definitions, each of which names the next."""
+    names = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(length)}
+    return {"$ref": "#/$defs/a0", "$defs": names | {f"a{length}": {"enum": [12]}}}
+
+
+LARGE = {
+    "choice": (dict(choice=[f"city {i}" for i in range(5000)]), lambda text: re.fullmatch(r"city \d{1,4}", text)[0]),
+    "properties": (
+        dict(json={"type": "object", "properties": {f"city {i}": {"enum": [7]} for i in range(500)},
+                   "required": ["city 499"], "additionalProperties": False}, disable_any_whitespace=True),
+        lambda text: re.match(r'\{"city \d+":7[,}]', text)[0],  # of which it may have many
+    ),
+    "definitions": (dict(json=chain(5000)), int),  # by recursion, which needs a large stack
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_grammars(embedded, name):
+    options, check = LARGE[name]
+    params = SamplingParams(temperature=0, max_tokens=60, structured_outputs=StructuredOutputsParams(**options))
+    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 24) as llm:
+        completion = llm.generate(PROMPTS[1], params, use_tqdm=False)[0].outputs[0]
+        assert completion.finish_reason in ("stop", "length") and completion.stop_reason is None
+        check(completion.text)
+
+
+def test_a_grammar_that_cannot_go_on_is_no_end_of_a_text(embedded, monkeypatch):
+    """llguidance then allows the end, which must not pass for one."""
+    patterns = [{"pattern": pattern} for pattern in ("a.{12}b", "b.{13}a", "c.{14}d")]
+    schema = {"type": "object", "properties": {"p": {"type": "string", "allOf": patterns}}, "required": ["p"]}
+    limits = partial(llguidance.LLParserLimits, initial_lexer_fuel=10_000_000, step_lexer_fuel=5_000)
+    monkeypatch.setattr(llguidance, "LLParserLimits", lambda **_: limits())
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=60,
+        structured_outputs=StructuredOutputsParams(json=schema),
+        include_stop_str_in_output=True,
+    )
+    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 24) as llm:
+        completion = llm.generate(PROMPTS[1], params, use_tqdm=False)[0].outputs[0]
+        assert completion.finish_reason == "abort" and completion.stop_reason.startswith("structured_outputs: ")
+
+
+def test_a_grammar_is_compiled_once(embedded, monkeypatch):
+    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 24) as llm:
+        choice = StructuredOutputsParams(choice=["no", "yes"])
+        llm.generate(PROMPTS[1], SamplingParams(max_tokens=2, structured_outputs=choice), use_tqdm=False)
+        monkeypatch.setattr(llm.engine._grammars, "_compile", None)
+        again = SamplingParams(max_tokens=2, n=3, structured_outputs=StructuredOutputsParams(choice=["no", "yes"]))
+        texts = [c.text for c in llm.generate(PROMPTS[1], again, use_tqdm=False)[0].outputs]
+        assert set(texts) <= {"no", "yes"}
 
 
 @pytest.mark.parametrize(
@@ -186,6 +242,10 @@ def test_wrong_params(options, message):
         (dict(json="{"), "structured_outputs: Expecting property name"),
         (dict(json={"type": "nothing"}), "structured_outputs: "),
         (dict(grammar="start: /a"), "structured_outputs: "),
+        (dict(regex=r"[^\s\S]"), "structured_outputs: "),
+        (dict(json={"$ref": "#"}), "structured_outputs: "),
+        (dict(grammar="x" * 70_000), "grammar has 70000 characters; 65536 are the most"),
+        (dict(regex="a" * (1 << 20)), "characters are too many for a grammar"),
         (dict(structural_tag="{}"), "structural_tag must have triggers, and structures with begin, schema and end"),
         (dict(structural_tag="[]"), "structural_tag must have triggers, and structures with"),
         (dict(structural_tag="{"), "structured_outputs: Expecting property name"),

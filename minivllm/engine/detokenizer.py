@@ -55,20 +55,23 @@ class Detokenizer:
             return ""
         self.num_tokens += len(token_ids)
         self._token_ids.extend(token_ids)
-        text = self._decode(self._token_ids)
-        num_pending = len(self._token_ids) - self._num_context
-        if text == self._context and num_pending > MAX_PENDING_TOKENS:  # special tokens, which are skipped
+        text, end = self._decode(self._token_ids), len(self._token_ids)
+        if text == self._context and end - self._num_context > MAX_PENDING_TOKENS:  # special tokens, which are skipped
             del self._token_ids[self._num_context :]
+        if text.endswith("\ufffd") and not finished:
+            if not text.endswith(HOPELESS):
+                return ""
+            end -= 3  # which may be the beginning of a character still
+            text = self._decode(self._token_ids[:end])
         if len(text) <= len(self._context):
-            return ""
-        if text.endswith("\ufffd") and not text.endswith(HOPELESS) and not finished:
             return ""
         new = text[len(self._context) :]
         self.text += new
-        if max(num_pending, self._num_context) >= NUM_CONTEXT_TOKENS:
+        if max(end - self._num_context, self._num_context) >= NUM_CONTEXT_TOKENS:
             del self._token_ids[: self._num_context]
-            text = self._decode(self._token_ids)
-        self._context, self._num_context = text, len(self._token_ids)
+            end -= self._num_context
+            text = self._decode(self._token_ids[:end])
+        self._context, self._num_context = text, end
         return new
 
     def find_stop(self, *, search: bool) -> str | None:

@@ -54,9 +54,9 @@ class Engine:
         self.model_config = model_config
         self.executor = executor
         self.tokenizer = tokenizer
-        eos_token_ids = set(model_config.eos_token_ids)
+        eos_token_ids = list(model_config.eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
-            eos_token_ids.add(tokenizer.eos_token_id)
+            eos_token_ids.insert(0, tokenizer.eos_token_id)
         given = config.speculative_config
         self._ngram = None if given is None else NgramConfig.from_dict(given)
         self.scheduler = Scheduler(
@@ -136,6 +136,7 @@ class Engine:
         if request_id in self._outputs.groups or not self.scheduler.requests.keys().isdisjoint(own_ids):
             raise ValueError(f"request_id {request_id!r} is in use; choose another")
         bad_word_ids = self._bad_word_ids(params)
+        grammar = self._grammar(params)
         requests = []
         for index, own_id in enumerate(own_ids):
             self._num_requests += 1
@@ -154,7 +155,7 @@ class Engine:
                     else params.seed + index,
                     arrival_time=time.monotonic(),
                     bad_word_ids=bad_word_ids,
-                    grammar=self._grammar(params),
+                    grammar=None if grammar is None else grammar.copy(),
                     drafter=NgramDrafter(self._ngram) if self._ngram and params.can_be_drafted else None,
                 )
             )

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections import OrderedDict
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
 from minivllm.sampling_params import StructuredOutputsParams
 
 MAX_COMPILED = 64  # grammars kept for requests to come
+MAX_CHARACTERS = 1 << 20  # of a grammar as llguidance takes it
+MAX_GRAMMAR_CHARACTERS = 1 << 16  # of one in a notation that has to be converted first, rule by rule
+COMPILER_STACK = 512 << 20  # bytes of address space: llguidance goes into nested rules by recursion
+
+Result = TypeVar("Result")
 
 # Of JSON schemas: keywords that hold schemas by name, and those that hold values.
 MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
@@ -30,6 +37,15 @@ class Grammar:
     def __init__(self, matcher: Any, num_words: int) -> None:
         self.matcher = matcher
         self.num_words = num_words  # of a mask: the vocabulary by 32
+
+    def copy(self) -> Grammar:
+        """One of another output, as far as this."""
+        return Grammar(self.matcher.deep_copy(), self.num_words)
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot go on: it has come to a dead end, or to a limit.  Its masks allow the end then."""
+        return self.matcher.get_error() if self.matcher.is_error() else None
 
     def accept(self, token: int) -> bool:
         """Go on by a token; False if the grammar does not allow it."""
@@ -62,6 +78,11 @@ class TokenMasks:
             fill_next_token_bitmask_par(_threads(), matchers, self._words)
         return self._words
 
+    @property
+    def error(self) -> str | None:
+        """Why one of the grammars cannot go on."""
+        return next((grammar.error for grammar in self._grammars if grammar.error is not None), None)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"places": self.places, "_grammars": [], "_words": self.words() if self.places else None}
 
@@ -87,25 +108,49 @@ class GrammarCompiler:
         self._tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=ends)
         self._num_words = -(-vocab_size // 32)
         self._special_tokens = frozenset(tokenizer.all_special_tokens)
-        self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers at their beginning, the last used at the end
+        self._compiled: OrderedDict[str, Grammar] = OrderedDict()  # at their beginning, the last used at the end
 
     def start(self, params: StructuredOutputsParams) -> Grammar:
         """A grammar at its beginning.  Raises ValueError, with llguidance's reason, for one that is not well-formed."""
-        from llguidance import LLMatcher
-
-        try:
-            source = _source(params, self._special_tokens)
-        except Exception as error:  # the converters of grammars raise their own
-            raise ValueError(f"structured_outputs: {error or type(error).__name__}") from error
-        if source not in self._compiled:
-            matcher = LLMatcher(self._tokenizer, source, log_level=0)
-            if matcher.is_error():
-                raise ValueError(f"structured_outputs: {matcher.get_error()}")
-            self._compiled[source] = matcher
-        self._compiled.move_to_end(source)
+        key = repr(params)
+        if key not in self._compiled:
+            try:
+                self._compiled[key] = _on_large_stack(lambda: self._compile(params))
+            except Exception as error:  # the converters of grammars raise their own
+                raise ValueError(f"structured_outputs: {error or type(error).__name__}") from error
+        self._compiled.move_to_end(key)
         while len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)
-        return Grammar(self._compiled[source].deep_copy(), self._num_words)
+        return self._compiled[key].copy()
+
+    def _compile(self, params: StructuredOutputsParams) -> Grammar:
+        from llguidance import LLMatcher, LLParserLimits
+
+        source = _source(params, self._special_tokens)
+        if len(source) > MAX_CHARACTERS:
+            raise ValueError(f"{len(source)} characters are too many for a grammar; {MAX_CHARACTERS} are the most")
+        limits = LLParserLimits(  # llguidance's own are too small for a choice among 2,000 texts
+            max_items_in_row=100_000, step_max_items=500_000, initial_lexer_fuel=10_000_000, step_lexer_fuel=10_000_000
+        )
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
+        grammar = Grammar(matcher, self._num_words)
+        first = TokenMasks()
+        first.add(0, grammar.copy())
+        if grammar.error is None:
+            first.words()
+        if (error := grammar.error or first.error) is not None:
+            raise ValueError(error)
+        return grammar
+
+
+def _on_large_stack(function: Callable[[], Result]) -> Result:
+    """What `function` returns, run on a thread with a stack of its own."""
+    previous = threading.stack_size(COMPILER_STACK)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function).result()
+    finally:
+        threading.stack_size(previous)
 
 
 def _source(params: StructuredOutputsParams, special_tokens: Collection[str]) -> str:
@@ -116,6 +161,8 @@ def _source(params: StructuredOutputsParams, special_tokens: Collection[str]) ->
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
     if params.grammar is not None:
+        if len(params.grammar) > MAX_GRAMMAR_CHARACTERS:
+            raise ValueError(f"grammar has {len(params.grammar)} characters; {MAX_GRAMMAR_CHARACTERS} are the most")
         return LLMatcher.grammar_from_lark(any_to_lark(params.grammar))
     if params.choice is not None:
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in params.choice))

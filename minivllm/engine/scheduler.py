@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
@@ -51,7 +51,7 @@ class Scheduler:
         block_manager: BlockManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        eos_token_ids: Iterable[int],
+        eos_token_ids: Collection[int],
         window: int | None = None,
         draft_limits: DraftLimits = NO_DRAFTS,
     ) -> None:
@@ -60,6 +60,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._main_eos_token_id = next(iter(eos_token_ids), None)  # which is no reason to be told
         self.window = window
         self.draft_limits = draft_limits
         self.requests: dict[str, Request] = {}  # unfinished ones, by id
@@ -194,7 +195,8 @@ class Scheduler:
                 self.block_manager.publish(request)
                 self._check_stop(request, own)
                 if request.grammar is not None and not request.grammar.accept(own) and not request.finished:
-                    self._finish(request, "abort")  # nothing it may sample is allowed by its other options
+                    error = request.grammar.error or "its other options leave nothing that the grammar allows"
+                    self._give_up(request, f"structured_outputs: {error}")
                 if request.finished:
                     break
             progressed.append(request)
@@ -366,10 +368,13 @@ class Scheduler:
 
     def _check_stop(self, request: Request, token: int) -> None:
         params = request.params
-        if request.grammar is not None and token in self.eos_token_ids:  # the grammar ends here
+        if request.grammar is not None and token in self.eos_token_ids:  # the grammar ends here, or cannot go on
+            if (error := request.grammar.error) is not None:
+                return self._give_up(request, f"structured_outputs: {error}")
             return self._finish(request, "stop")
         if request.num_output_tokens >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
+                request.stop_reason = None if token == self._main_eos_token_id else token
                 return self._finish(request, "stop")
             if token in params.stop_token_ids:
                 request.stop_reason = token
@@ -380,6 +385,10 @@ class Scheduler:
         if circles and request.num_output_tokens >= params.min_tokens and circles.found_in(request.output_token_ids):
             request.stop_reason = "repetition_detected"
             self._finish(request, "repetition")
+
+    def _give_up(self, request: Request, reason: str) -> None:
+        request.stop_reason = reason
+        self._finish(request, "abort")
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason

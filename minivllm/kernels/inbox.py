@@ -7,6 +7,7 @@ empty, takes what is there, and empties the place for a later turn.  One trip ov
 
 Program r of a kernel exchanges row r.  A row has two sets of places, used in turn.  Who sends to a set again has
 received what was sent to the other one since, by kernels that began after those which emptied this set: so it is empty.
+(If one of the ranks adds up a row for all, each of them hears from that one only, which has heard from all.)
 Turns are counted on the device, row by row, so replays of CUDA graphs and eager launches may follow in any order, as
 long as all ranks run the same kernels.
 """
@@ -92,23 +93,56 @@ def receive(place, mask):
 
 
 @triton.jit
-def exchange_sum(value, places, addresses, turns, row, rank, offs, mask, SIZE: tl.constexpr, RANKS: tl.constexpr):
-    """The sum over the ranks of `value` [BLOCK], elements `offs` of a row of SIZE; float32, added up in the ranks'
-    order, so that all get the same.  An inbox has places for the other ranks, in their order."""
-    turn = tl.load(turns + row)
-    begin = places_of_turn(row, turn, SIZE, RANKS - 1)
-    bits = value.to(places.dtype.element_ty, bitcast=True)
-    for peer in tl.static_range(RANKS):
-        if peer != rank:
-            own_place = rank - (rank > peer).to(tl.int32)
-            send(bits, addresses, peer, begin + own_place * SIZE + offs, mask)
+def _place_of(sender, receiver):
+    """Which of a receiver's places is the sender's: an inbox has one for each other rank, in their order."""
+    return sender - (sender > receiver).to(tl.int32)
+
+
+@triton.jit
+def _received_sum(value, places, begin, rank, offs, mask, SIZE: tl.constexpr, RANKS: tl.constexpr):
+    """`value` and what comes from all other ranks, added up in the ranks' order; float32."""
     total = tl.zeros(value.shape, tl.float32)
     for peer in tl.static_range(RANKS):
         if peer == rank:
             total += value.to(tl.float32)
         else:
-            place = peer - (peer > rank).to(tl.int32)
-            received = receive(places + begin + place * SIZE + offs, mask)
+            received = receive(places + begin + _place_of(peer, rank) * SIZE + offs, mask)
             total += received.to(value.dtype, bitcast=True).to(tl.float32)
-    tl.store(turns + row, turn + 1)  # behind the barrier in `receive`: all warps have read it
     return total
+
+
+@triton.jit
+def _send_to_others(value, places, addresses, begin, rank, offs, mask, SIZE: tl.constexpr, RANKS: tl.constexpr):
+    bits = value.to(places.dtype.element_ty, bitcast=True)
+    for i in tl.static_range(1, RANKS):
+        peer = (rank + i) % RANKS  # not all to the same one first
+        send(bits, addresses, peer, begin + _place_of(rank, peer) * SIZE + offs, mask)
+
+
+@triton.jit
+def exchange_sum(
+    value, before, places, addresses, turns, row, rank, offs, mask,
+    SIZE: tl.constexpr, RANKS: tl.constexpr, OWNED: tl.constexpr,
+):  # fmt: skip
+    """`before` and the sum over the ranks of `value` [BLOCK], elements `offs` of a row of SIZE; in value's type, and
+    the same on all ranks.  OWNED: added up by one of the ranks, which sends the others the result: one trip more, but
+    among many ranks fewer bytes."""
+    turn = tl.load(turns + row)
+    begin = places_of_turn(row, turn, SIZE, RANKS - 1)
+    owner = (row % RANKS).to(tl.int32)
+    if OWNED:
+        if rank == owner:
+            total = _received_sum(value, places, begin, rank, offs, mask, SIZE, RANKS)
+            result = (total + before).to(value.dtype)
+            _send_to_others(result, places, addresses, begin, rank, offs, mask, SIZE, RANKS)
+        else:
+            bits = value.to(places.dtype.element_ty, bitcast=True)
+            send(bits, addresses, owner, begin + _place_of(rank, owner) * SIZE + offs, mask)
+            received = receive(places + begin + _place_of(owner, rank) * SIZE + offs, mask)
+            result = received.to(value.dtype, bitcast=True)
+    else:
+        _send_to_others(value, places, addresses, begin, rank, offs, mask, SIZE, RANKS)
+        total = _received_sum(value, places, begin, rank, offs, mask, SIZE, RANKS)
+        result = (total + before).to(value.dtype)
+    tl.store(turns + row, turn + 1)  # behind the barrier in `receive`: all warps have read it
+    return result

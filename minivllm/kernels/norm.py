@@ -10,12 +10,14 @@ import triton.language as tl
 from minivllm.kernels.device import launch_options, wait_for_inputs
 from minivllm.kernels.inbox import Inbox, exchange_sum
 
+OWNED_BYTES = 1 << 18  # of a step's rows, beyond which each is added up by one of more than two ranks
+
 
 @triton.jit(do_not_specialize=["rank"])
 def _rms_norm_kernel(
     x, residual, weight, out, residual_out, addends, places, addresses, turns, rank, stride_x, stride_addends, eps,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, ADDENDS: tl.constexpr, RANKS: tl.constexpr,
-    PDL: tl.constexpr,
+    OWNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
@@ -24,17 +26,14 @@ def _rms_norm_kernel(
     wait_for_inputs(PDL)
     value = tl.load(x + row * stride_x + offs, mask, 0.0)
     dtype = value.dtype
-    if ADD:
-        before = tl.load(residual + row * SIZE + offs, mask, 0.0)
+    before = tl.load(residual + row * SIZE + offs, mask, 0.0) if ADD else tl.zeros([BLOCK], dtype)
     if RANKS > 1:
-        value = exchange_sum(value, places, addresses, turns, row, rank, offs, mask, SIZE, RANKS)
-    if ADDENDS > 0:
+        value = exchange_sum(value, before, places, addresses, turns, row, rank, offs, mask, SIZE, RANKS, OWNED)
+    else:
         value = value.to(tl.float32)
-    for i in tl.static_range(ADDENDS):
-        value += tl.load(addends + i * stride_addends + row * SIZE + offs, mask, 0.0)
-    if ADD:
-        value = value.to(tl.float32) + before
-    value = value.to(dtype)
+        for i in tl.static_range(ADDENDS):
+            value += tl.load(addends + i * stride_addends + row * SIZE + offs, mask, 0.0)
+        value = (value + before).to(dtype)
     if ADD or ADDENDS > 0 or RANKS > 1:
         tl.store(residual_out + row * SIZE + offs, value, mask)
     value32 = value.to(tl.float32)
@@ -82,7 +81,7 @@ def _launch(
         x, x if residual is None else residual, weight, out, residual_out, given, *exchange,
         x.stride(0), given.stride(0), eps,
         SIZE=size, BLOCK=triton.next_power_of_2(size), ADD=residual is not None,
-        ADDENDS=0 if addends is None else len(addends), RANKS=ranks,
+        ADDENDS=0 if addends is None else len(addends), RANKS=ranks, OWNED=ranks > 2 and x.nbytes > OWNED_BYTES,
         num_warps=8 if size > 2048 else 4, **launch_options(x.device),
     )  # fmt: skip
     return out

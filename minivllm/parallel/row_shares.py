@@ -1,5 +1,5 @@
-"""Rows shared out: how tensor parallelism adds up in steps of more tokens than CUDA graphs have (sequence parallelism,
-Korthikanti et al. 2022).
+"""Rows shared out: how tensor parallelism adds up in steps of many tokens (sequence parallelism, Korthikanti et al.
+2022).
 
 There a worker adds up and norms some rows of the residual stream alone, its own.  Of a product whose results are
 summands it works out the others' rows first, and sends each its own while it multiplies the next; of the product that

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minivllm.kernels import Inbox, VocabShare
 
 Index = tuple[slice, ...]
-SENT_ROWS = 4096  # of a sum, to all others together, that norms exchange; NCCL moves fewer bytes for more of them
+SENT_ROWS = 2048  # of a sum that norms exchange by themselves; of more, workers share the rows out
 
 
 @dataclass(frozen=True)

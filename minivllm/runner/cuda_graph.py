@@ -1,7 +1,7 @@
 """StepGraphs: steps captured as CUDA graphs and replayed.
 
 The graph of a decode step runs everything from the embedding of the last sampled tokens to the sampling of the next
-ones, that of a mixed step of up to 2,048 tokens the model up to its last layer.  There is one for each padded size; the
+ones, that of a mixed step the model up to its last layer.  There is one for each padded size; the
 largest is captured first and all share one memory pool, so that together they take little more memory than it.
 """
 
@@ -23,10 +23,17 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
-def mixed_graph_sizes(max_num_batched_tokens: int) -> list[int]:
+def mixed_graph_sizes(max_num_batched_tokens: int, num_workers: int = 1) -> list[int]:
     """Padded numbers of tokens of a mixed step: from 256 on in steps of 128, the rows that a matrix product takes
-    together, so that padding costs little.  Larger steps take longer to run than to launch."""
-    return [size for size in (32, 64, 128, 192, *range(256, 2049, 128)) if size <= max_num_batched_tokens]
+    together, so that padding costs little.
+
+    Steps of more than 2,048 take longer to run than to launch, but for those that more than two workers share, with a
+    dozen copies a layer: of these there are graphs in steps of 1,024, up to the largest.
+    """
+    sizes = [32, 64, 128, 192, *range(256, 2049, 128)]
+    if num_workers > 2:
+        sizes += [*range(3072, max_num_batched_tokens, 1024), max(2048, max_num_batched_tokens)]
+    return [size for size in dict.fromkeys(sizes) if size <= max_num_batched_tokens]
 
 
 class StepGraphs:

@@ -89,7 +89,7 @@ class ModelRunner:
         self.inputs = StepInputs(32 * self.max_num_tokens + 64 * num_slots * (num_columns + 1) + 4096, self.device)
         # Eager steps pad to the graphs' sizes too: the same kernels on the same shapes give the same bits.
         self.sizes = graph_sizes(max(config.max_num_seqs, most_drafts)) if on_triton else []
-        self.mixed_sizes = mixed_graph_sizes(self.max_num_tokens) if on_triton else []
+        self.mixed_sizes = mixed_graph_sizes(self.max_num_tokens, tp.size) if on_triton else []
         self.first_draft = num_slots  # in last_token, behind the slots
         self._host_tokens = [
             torch.empty(len(self.last_token), dtype=torch.int32, pin_memory=True)

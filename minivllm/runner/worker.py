@@ -23,7 +23,6 @@ from minivllm.child_process import connect
 from minivllm.config import EngineConfig
 from minivllm.model_config import ModelConfig
 from minivllm.parallel import SENT_ROWS, RowExchange, TensorParallel, open_inbox, see_each_other
-from minivllm.runner.cuda_graph import mixed_graph_sizes
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.runner.pending_step import PendingStep
 
@@ -122,11 +121,11 @@ def _join(config: EngineConfig, model_config: ModelConfig, rank: int, port: int)
     max_num_tokens = config.max_num_batched_tokens
     assert config.max_num_seqs is not None and max_num_tokens is not None
     decode_rows = max(config.max_num_seqs, config.draft_limits.max_rows)
-    graph_rows = max([decode_rows, *mixed_graph_sizes(max_num_tokens)])
-    sums = open_inbox(min(SENT_ROWS // (size - 1), graph_rows), size - 1, width, dtype.itemsize * 8, rank, size, device)
+    sent_rows = max(decode_rows, min(SENT_ROWS, max_num_tokens))
+    sums = open_inbox(sent_rows, size - 1, width, dtype.itemsize * 8, rank, size, device)
     draws = open_inbox(decode_rows, size, 4, 32, rank, size, device)
     rows = None
-    more_than = max(graph_rows, size - 1)  # so that each worker has a row
+    more_than = max(sent_rows, size - 1)  # so that each worker has a row
     if max_num_tokens > more_than:
         rows = RowExchange(rank, size, more_than, max_num_tokens, width, dtype, device)
     return TensorParallel(rank, size, sums, draws, rows)

@@ -199,10 +199,11 @@ class ChatCompletion(Work):
         if self._forced is not None:
             return [ToolCall(self._forced.name, text)]
         try:
-            calls = [(call["name"], call["parameters"]) for call in json.loads(text)]
-        except ValueError:
+            return [
+                ToolCall(call["name"], json.dumps(call["parameters"], ensure_ascii=False)) for call in json.loads(text)
+            ]
+        except (ValueError, RecursionError):
             return []
-        return [ToolCall(name, json.dumps(parameters, ensure_ascii=False)) for name, parameters in calls]
 
     def _call_json(self, call: ToolCall) -> dict[str, Any]:
         function = {"name": call.name, "arguments": call.arguments}
