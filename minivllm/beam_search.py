@@ -21,7 +21,7 @@ class BeamSearchParams:
     beam_width: int
     max_tokens: int
     ignore_eos: bool = False
-    temperature: float = 0.0  # of the log probabilities nothing changes; kept for scripts that name it
+    temperature: float = 0.0  # the only one; for scripts that name it
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False  # there are no stop strings
 

@@ -1,4 +1,4 @@
-"""The engine in a process of its own, where nothing that its users do can hold up a step.
+"""The engine in a process of its own, where what its users' programs do cannot hold up a step.
 
 Its parent (`AsyncLLM`) starts it and talks to it over one connection.  Commands and messages are tuples, the first
 entry a word; threads of their own read and write them, so the loop below never waits for the other side:

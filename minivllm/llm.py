@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
-import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from minivllm.metrics import Metric, collect
 from minivllm.model_config import ModelConfig, override
 from minivllm.models import model_class
 from minivllm.outputs import RequestOutput
+from minivllm.process_state import deferred_interrupt, heap_left_alone
 from minivllm.runner.executor import make_executor
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.validation import NotSupported, take_options
@@ -114,7 +112,7 @@ class LLM:
         requests = self._check_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)
         done: list[RequestOutput] = []
         with (
-            _heap_left_alone(),
+            heap_left_alone(),
             tqdm(total=len(requests), desc="Processed prompts", unit="req", disable=not use_tqdm) as bar,
         ):
             start = time.monotonic()
@@ -290,7 +288,7 @@ class LLM:
                     self.engine.add_request(request_id, token_ids, params, text)
             unfinished = set(request_ids)
             while unfinished:
-                with _deferred_interrupt(), self._lock:
+                with deferred_interrupt(), self._lock:
                     if not unfinished.isdisjoint(self.engine.request_ids):  # or another thread has ended them
                         self._hand_out(self.engine.step())
                     if inbox or unfinished.isdisjoint(self.engine.request_ids):
@@ -325,39 +323,3 @@ def _device(name: str, num_workers: int) -> str:
             f"{torch.cuda.device_count()}"
         )
     return f"cuda:{index}"
-
-
-@contextmanager
-def _heap_left_alone() -> Iterator[None]:
-    """Keep the garbage collector off what is there already: to go through all of it takes a dozen steps' time."""
-    if gc.get_freeze_count():  # the program has seen to it
-        yield
-        return
-    try:
-        gc.freeze()
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[None]:
-    """Let Ctrl-C take effect after the block, which is thus never left half done.  A second one takes effect at
-    once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[Any] = []
-
-    def receive(number: int, frame: Any) -> None:
-        if received:
-            signal.default_int_handler(number, frame)
-        received.append(frame)
-
-    previous = signal.signal(signal.SIGINT, receive)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if received and callable(previous):
-        previous(signal.SIGINT, received[0])

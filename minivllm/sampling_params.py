@@ -77,7 +77,8 @@ class SamplingParams:
         as the output's `prompt_token_id_logprobs`.  A −1, which fills up shorter rows, has −inf.
     flat_logprobs: both come as FlatLogprobs, a few lists in place of dicts and objects.
     detokenize: False leaves `text` empty.
-    skip_special_tokens, spaces_between_special_tokens: how special tokens are written in the text.
+    skip_special_tokens: leave special tokens out of the text.
+    spaces_between_special_tokens: False leaves out the spaces that slow tokenizers put there; fast ones put none.
     logit_bias: added to logits, by token id; clamped to [-100, 100].
     allowed_token_ids: the only tokens that may be sampled.
     logits_processors: functions called for every token with the ids of the output so far, or of prompt and output, and

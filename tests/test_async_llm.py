@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from minivllm import LLM, RequestOutputKind, SamplingParams
-from minivllm.async_llm import AsyncLLM, EngineDeadError, merge
+from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.engine_process import pack, unpack
+from minivllm.output_stream import merge
 
 PROMPTS = [[1 + i, 2, 3 + 2 * i, 4] * (1 + i % 3) for i in range(12)]
 OPTIONS = dict(device="cpu", skip_tokenizer_init=True, block_size=16, max_num_seqs=6)

@@ -249,7 +249,7 @@ def test_random_weights_of_a_shape(monkeypatch, capsys, tmp_path):
         ("--plot out.foo", "must end in one of"),
         ("--profile /proc/x", "cannot write"),
         ("--num-prompts 1 kernels", "unrecognized arguments"),
-        ("kernels --block-size 48", "--block-size must be"),
+        ("kernels --block-size 48", "block_size must be"),
         pytest.param("kernels", "no CUDA GPU", marks=pytest.mark.skipif(ON_GPU, reason="there is a GPU")),
     ],
 )

@@ -336,6 +336,7 @@ def test_unsupported_options_that_ask_for_nothing_are_accepted():
         (dict(kv_cache_memory_bytes=1000), "no memory is left for the KV cache"),
         (dict(kv_cache_memory_bytes=10**15), r"kv_cache_memory_bytes \(931322.57 GiB\) is more than there is"),
         (dict(tensor_parallel_size=0), "tensor_parallel_size must be"),
+        (dict(revision="main"), "revision is for models on the hub"),
         (dict(seed=-1), "seed must be"),
         (dict(enforce_eager=1), "enforce_eager must be True or False"),
         (dict(async_scheduling="yes"), "async_scheduling must be True or False"),

@@ -131,27 +131,7 @@ class Scheduler:
         if not decodes and not prefills:
             return None
         batch.num_decodes = len(decodes)
-        sampled = []
-        asking = []
-        for row, (request, num_new) in enumerate(decodes + prefills):
-            batch.slots.append(request.slot)
-            batch.num_computed.append(request.num_computed_tokens - num_new)
-            batch.num_scheduled.append(num_new)
-            if request.num_computed_tokens == request.num_tokens:
-                place = len(batch.sampled_rows)
-                assert not (request.needs_tokens and request.num_in_flight), "the token before must be known"
-                if request.grammar is not None:
-                    batch.token_masks.add(place, request.grammar)
-                if (functions := request.params.logits_processors) is not None:
-                    num_prompt = request.num_prompt_tokens
-                    tokens = request.token_ids[:num_prompt], request.token_ids[num_prompt:]
-                    batch.processors.append((place, functions, *tokens))
-                batch.sampled_rows.append(row)
-                sampled.append(request)
-            num_before = request.num_computed_tokens - num_new
-            if request.params.num_prompt_logprobs is not None and num_before + 1 < request.num_prompt_tokens:
-                batch.prompt_logprobs_rows.append(row)
-                asking.append((request, num_before))
+        sampled, asking = self._write_rows(batch, decodes + prefills)
         drafts = [] if prefills else self._draft(batch, [request for request, _ in decodes], budget)
         for request in sampled:
             request.num_in_flight += 1
@@ -285,6 +265,34 @@ class Scheduler:
         )
         batch.new_blocks.append((request.slot, 0, list(request.block_ids)))
         return True
+
+    def _write_rows(
+        self, batch: ScheduledBatch, rows: list[tuple[Request, int]]
+    ) -> tuple[list[Request], list[tuple[Request, int]]]:
+        """Enter rows, each a request and how many tokens of it are new.  Returns the requests that sample a token, and
+        those whose prompt's logprobs the step finds, each with the number of its tokens before it."""
+        sampled = []
+        asking = []
+        for row, (request, num_new) in enumerate(rows):
+            batch.slots.append(request.slot)
+            batch.num_computed.append(request.num_computed_tokens - num_new)
+            batch.num_scheduled.append(num_new)
+            if request.num_computed_tokens == request.num_tokens:
+                place = len(batch.sampled_rows)
+                assert not (request.needs_tokens and request.num_in_flight), "the token before must be known"
+                if request.grammar is not None:
+                    batch.token_masks.add(place, request.grammar)
+                if (functions := request.params.logits_processors) is not None:
+                    num_prompt = request.num_prompt_tokens
+                    tokens = request.token_ids[:num_prompt], request.token_ids[num_prompt:]
+                    batch.processors.append((place, functions, *tokens))
+                batch.sampled_rows.append(row)
+                sampled.append(request)
+            num_before = request.num_computed_tokens - num_new
+            if request.params.num_prompt_logprobs is not None and num_before + 1 < request.num_prompt_tokens:
+                batch.prompt_logprobs_rows.append(row)
+                asking.append((request, num_before))
+        return sampled, asking
 
     def _advance(self, request: Request, num_tokens: int) -> None:
         """Count `num_tokens` as computed.  A step writes the K and V of all its tokens, layer by layer, before any

@@ -7,16 +7,14 @@ from minivllm.kernels.activation import activate_and_mul
 from minivllm.kernels.inbox import Inbox, await_flags
 from minivllm.kernels.linear import has_kernel, small_linear
 from minivllm.kernels.norm import add_rms_norm, rms_norm, sum_rms_norm
-from minivllm.kernels.paged_decode import DecodePlan, paged_attention_decode, plan_paged_decode
-from minivllm.kernels.prefill import QUERY_TILE, paged_attention_prefill
+from minivllm.kernels.paged_decode import paged_attention_decode, plan_paged_decode
+from minivllm.kernels.prefill import paged_attention_prefill
 from minivllm.kernels.quantize import quantize_rows
 from minivllm.kernels.rope_kv import rope_and_store_kv
 from minivllm.kernels.sample import VocabShare, sample
 from minivllm.kernels.truncate import truncate
 
 __all__ = [
-    "QUERY_TILE",
-    "DecodePlan",
     "Inbox",
     "VocabShare",
     "activate_and_mul",

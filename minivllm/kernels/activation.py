@@ -1,5 +1,6 @@
 """SiLU or GELU of the gate times the up projection (SwiGLU and GEGLU, Shazeer 2020), on the output of the merged
 projection.  GELU by its approximation with tanh (Hendrycks & Gimpel 2016): x sigmoid(√(8 / π) (x + 0.044715 x³)).
+A program takes BLOCK columns of a row.
 """
 
 from __future__ import annotations

@@ -81,13 +81,12 @@ class MergedLinear(Linear):
         backend: Backend,
         dtype: torch.dtype,
         device: torch.device,
-        shares: dict[str, Share] | None = None,
+        shares: dict[str, Share],
     ) -> None:
-        self_shares = shares or dict.fromkeys(parts, WHOLE)
-        own = [size // self_shares[part].count for part, size in parts.items()]
+        own = [size // shares[part].count for part, size in parts.items()]
         super().__init__(in_size, sum(own), bias, backend, dtype, device)
         self.parts = parts
-        self.shares = self_shares
+        self.shares = shares
         self.own_sizes = own
 
     def targets(self, name: str) -> dict[str, Target]:

@@ -48,6 +48,8 @@ def find_model(
     """The files of a model as `config` wants them (errors as for `resolve`), and the generation config that sampling
     defaults come from."""
     load_format = config.load_format
+    if revision is not None and (model is None or Path(model).expanduser().exists()):
+        raise ValueError("revision is for models on the hub; leave it out")
     if load_format == "gguf" and not _is_gguf(str(model)):
         raise ValueError(f"load_format='gguf' needs a .gguf file as model, got {model!r}")
     if load_format in ("safetensors", "pt") and (model is None or _is_gguf(model)):

@@ -3,7 +3,9 @@
 import json
 import pickle
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,55 +26,64 @@ class WeightSource(Protocol):
         """Every tensor once, on the CPU, read as it is asked for."""
 
 
-class SafetensorsSource:
+Entries = Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]  # name, shape, what reads the tensor
+
+
+class _Files(ABC):
+    """The tensors of several files."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            for name, shape, _ in self._entries(path):
+                if name in self._shapes:
+                    raise ValueError(f"tensor {name} is in {path} and in another file beside it; delete one")
+                self._shapes[name] = shape
+
+    @abstractmethod
+    def _entries(self, path: Path) -> Entries:
+        """What a file holds."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path in self._files:
+            for name, _, read in self._entries(path):
+                yield name, read()
+
+
+class SafetensorsSource(_Files):
     """A folder's model.safetensors, the shards of its index, or whatever other *.safetensors files it has.
 
     Raises FileNotFoundError for a missing shard or no weights at all; ValueError for a damaged file, for a name that
     two files hold, and for a folder with pickled weights only.
     """
 
-    def __init__(self, folder: str | Path):
-        self._files = _weight_files(Path(folder), "model", ".safetensors")
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._files:
-            with _open(path) as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if name in self._shapes:
-                        raise ValueError(f"tensor {name} is in {path} and in another file beside it; delete one")
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(_weight_files(Path(folder), "model", ".safetensors"))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for path in self._files:
-            with _open(path) as file:
-                for name in file.keys():  # noqa: SIM118
-                    yield name, file.get_tensor(name)  # memory-mapped: read where it is copied to, not before
+    def _entries(self, path: Path) -> Entries:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                # Memory-mapped: a tensor is read where it is copied to, not before.
+                yield name, tuple(file.get_slice(name).get_shape()), partial(file.get_tensor, name)
 
 
-class PickleSource:
+class PickleSource(_Files):
     """A folder's pytorch_model.bin, or the shards of its index, read without running what code a pickle may hold.
 
     Raises FileNotFoundError for a missing shard or no such weights; ValueError for a file that is damaged or holds
     anything but tensors, and for a name that two files hold.
     """
 
-    def __init__(self, folder: str | Path):
-        self._files = _weight_files(Path(folder), "pytorch_model", ".bin")
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._files:
-            for name, tensor in _unpickle(path).items():
-                if name in self._shapes:
-                    raise ValueError(f"tensor {name} is in {path} and in another file beside it; delete one")
-                self._shapes[name] = tuple(tensor.shape)
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(_weight_files(Path(folder), "pytorch_model", ".bin"))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for path in self._files:
-            yield from _unpickle(path).items()
+    def _entries(self, path: Path) -> Entries:
+        for name, tensor in _unpickle(path).items():
+            yield name, tuple(tensor.shape), lambda tensor=tensor: tensor  # type: ignore[misc]
 
 
 @torch.no_grad()

@@ -215,7 +215,7 @@ def _pairs(items: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> 
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device, without waiting for it."""
+    """On the device, without waiting for the copy there; on a CPU the array's own memory."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 

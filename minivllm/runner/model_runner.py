@@ -332,7 +332,8 @@ class ModelRunner:
         return self._upload(mixed_arrays(self.slots, ScheduledBatch(), size), None)
 
     def _profile(self, use_graphs: bool) -> None:
-        """Run the largest steps there can be, for their memory to be measured; compiles every kernel on the way.
+        """Run the largest steps there can be, options of sampling apart, for their memory to be measured; compiles
+        every kernel on the way.
 
         The KV cache is a single block here, which is what a block table of zeros names throughout.
         """

@@ -1,7 +1,7 @@
 """Slots: what the runner remembers of each running request, in numpy arrays changed in place.
 
-A request keeps its slot from admission to its end, so a step only has to name slots and what changed.  The last slot
-belongs to no request: padded rows point to it.
+A request keeps its slot from admission to its end, or until it is preempted, so a step only has to name slots and what
+changed.  The last slot belongs to no request: padded rows point to it.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from minivllm.async_llm import AsyncLLM, EngineDeadError, OutputStream
+from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.inputs import Prompt
+from minivllm.output_stream import OutputStream
 from minivllm.outputs import Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.errors import ApiError, shutting_down
