@@ -181,6 +181,22 @@ def test_what_a_failing_step_found_out_is_not_lost(tiny, monkeypatch, asynchrono
         scheduler.check_integrity()
 
 
+def test_a_request_that_waits_does_not_make_the_others_wait_for_tokens(tiny):
+    functions = SamplingParams(max_tokens=4, logits_processors=[lambda output, logits: logits])
+    with make(tiny("gqa-tied"), async_scheduling=True, max_num_seqs=1) as llm:
+        engine, scheduler = llm.engine, llm.engine.scheduler
+        engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=5, ignore_eos=True))
+        engine.add_request("b", PROMPTS[1], functions)
+        engine.step()
+        while "a" in scheduler.requests:
+            assert scheduler.waiting and not scheduler.waits_for_tokens
+            engine.step()
+        engine.step()
+        assert scheduler.running and scheduler.waits_for_tokens
+        engine.abort_requests(["b"])
+        assert not scheduler.waits_for_tokens
+
+
 def test_shutdown_tells_a_call_that_is_still_running(tiny):
     llm = make(tiny("gqa-tied"))
     outputs = llm.stream(PROMPTS, SamplingParams(max_tokens=100, ignore_eos=True))

@@ -257,6 +257,21 @@ def draw_and_tell(file, token_ids, logits):
     return torch.randn_like(logits)
 
 
+def favour_a_far_one(token_ids, logits):
+    logits[(37 * len(token_ids)) % len(logits)] += 3.0
+    return logits
+
+
+def test_what_a_function_changes_is_changed_for_all_workers(tiny):
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logits_processors=[favour_a_far_one])
+    found = []
+    for size in (1, 2):
+        with LLM(tiny("mha"), tensor_parallel_size=size, **OPTIONS) as llm:
+            found.append(tokens(llm.generate(PROMPTS, params, use_tqdm=False)))
+            plain = tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+    assert found[0] == found[1] != plain
+
+
 def test_functions_are_called_by_one_worker_and_what_they_raise_is_their_request_s(tiny, tmp_path):
     file = str(tmp_path / "told")
     with LLM(tiny("mha"), tensor_parallel_size=2, **OPTIONS) as llm:
