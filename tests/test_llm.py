@@ -124,6 +124,17 @@ def test_default_params_are_the_model_s(tiny, tmp_path):
         assert len(llm.generate([1, 2], use_tqdm=False)[0].outputs[0].token_ids) <= 5
 
 
+def test_a_further_end_of_sequence_token_is_told(tiny, tmp_path):
+    """As in vLLM: the main one says nothing."""
+    folder = shutil.copytree(tiny("mha"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[4, 5])))
+    with make(str(folder)) as llm:
+        for token, reason in ((4, None), (5, 5)):
+            params = SamplingParams(temperature=0, logit_bias={token: 100}, max_tokens=9)
+            completion = llm.generate([1, 2], params, use_tqdm=False)[0].outputs[0]
+            assert (completion.finish_reason, completion.stop_reason) == ("stop", reason)
+
+
 @pytest.mark.parametrize("kind", [LLM, AsyncLLM])
 def test_other_defaults_of_sampling(tiny, tmp_path, kind):
     folder, other = shutil.copytree(tiny("mha"), tmp_path / "model"), tmp_path / "other"

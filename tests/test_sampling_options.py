@@ -181,6 +181,25 @@ def test_what_a_failing_step_found_out_is_not_lost(tiny, monkeypatch, asynchrono
         scheduler.check_integrity()
 
 
+def test_requests_of_a_step_that_failed_midway_go_on(tiny, monkeypatch):
+    with make(tiny("gqa-tied"), async_scheduling=True) as llm:
+        expected = run(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=9))
+        others = [llm.stream(prompt, SamplingParams(temperature=0, max_tokens=9)) for prompt in PROMPTS[1:]]
+        found = [list(next(other).outputs[0].token_ids) for other in others]
+
+        def fail(request, token):  # after the first request of a step has got its token
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(llm.engine.scheduler, "_check_stop", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(llm, PROMPTS[:1], SamplingParams(temperature=0, max_tokens=9))
+        for tokens, other in zip(found, others, strict=True):
+            tokens += [token for output in other for token in output.outputs[0].token_ids]
+        assert found == expected[1:]
+        llm.engine.scheduler.check_integrity()
+
+
 def test_a_request_that_waits_does_not_make_the_others_wait_for_tokens(tiny):
     functions = SamplingParams(max_tokens=4, logits_processors=[lambda output, logits: logits])
     with make(tiny("gqa-tied"), async_scheduling=True, max_num_seqs=1) as llm:

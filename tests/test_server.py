@@ -467,6 +467,19 @@ def test_what_needs_a_tokenizer_is_refused_without_one(tiny):
         server.close()
 
 
+def test_calls_that_are_cut_or_too_deep_are_text(server):
+    from minivllm.server.chat import ChatCompletion
+    from minivllm.server.protocol import ChatBody
+
+    tool = dict(function=dict(name="f"))
+    body = ChatBody(messages=CHAT, tools=[tool], tool_choice="required")
+    work = ChatCompletion(SimpleNamespace(llm=server.llm, options=None, check_model=lambda name: "m"), body)
+    [call] = work._forced_calls('[{"name": "f", "parameters": {"a": 1}}]')
+    assert (call.name, call.arguments) == ("f", '{"a": 1}')
+    for text in ('[{"name": "f", "par', '[{"name": "f", "parameters": ' + "[" * 5000):
+        assert work._forced_calls(text) == []
+
+
 def test_time_per_token_of_several_outputs_is_that_of_one():
     from minivllm.server.metrics import RequestWatch, ServerMetrics
 
