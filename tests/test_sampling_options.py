@@ -181,8 +181,9 @@ def test_what_a_failing_step_found_out_is_not_lost(tiny, monkeypatch, asynchrono
         scheduler.check_integrity()
 
 
-def test_requests_of_a_step_that_failed_midway_go_on(tiny, monkeypatch):
-    with make(tiny("gqa-tied"), async_scheduling=True) as llm:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_requests_of_a_step_that_failed_midway_go_on(tiny, monkeypatch, asynchronous):
+    with make(tiny("gqa-tied"), async_scheduling=asynchronous) as llm:
         expected = run(llm, PROMPTS, SamplingParams(temperature=0, max_tokens=9))
         others = [llm.stream(prompt, SamplingParams(temperature=0, max_tokens=9)) for prompt in PROMPTS[1:]]
         found = [list(next(other).outputs[0].token_ids) for other in others]
