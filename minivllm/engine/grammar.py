@@ -45,7 +45,9 @@ class Grammar:
     @property
     def error(self) -> str | None:
         """Why the grammar cannot go on: it has come to a dead end, or to a limit.  Its masks allow the end then."""
-        return self.matcher.get_error() if self.matcher.is_error() else None
+        if not self.matcher.is_error():
+            return None
+        return str(self.matcher.get_error()).partition("<state>")[0].strip()  # behind which is the whole grammar
 
     def accept(self, token: int) -> bool:
         """Go on by a token; False if the grammar does not allow it."""
@@ -136,10 +138,11 @@ class GrammarCompiler:
         grammar = Grammar(matcher, self._num_words)
         first = TokenMasks()
         first.add(0, grammar.copy())
-        if grammar.error is None:
-            first.words()
-        if (error := grammar.error or first.error) is not None:
-            raise ValueError(error)
+        if grammar.error is not None:
+            raise ValueError(grammar.error)
+        first.words()
+        if first.error is not None:
+            raise ValueError(f"the grammar allows no text ({first.error})")
         return grammar
 
 

@@ -175,8 +175,7 @@ class Scheduler:
                 self.block_manager.publish(request)
                 self._check_stop(request, own)
                 if request.grammar is not None and not request.grammar.accept(own) and not request.finished:
-                    error = request.grammar.error or "its other options leave nothing that the grammar allows"
-                    self._give_up(request, f"structured_outputs: {error}")
+                    self._give_up(request, request.grammar.error)
                 if request.finished:
                     break
             progressed.append(request)
@@ -378,7 +377,7 @@ class Scheduler:
         params = request.params
         if request.grammar is not None and token in self.eos_token_ids:  # the grammar ends here, or cannot go on
             if (error := request.grammar.error) is not None:
-                return self._give_up(request, f"structured_outputs: {error}")
+                return self._give_up(request, error)
             return self._finish(request, "stop")
         if request.num_output_tokens >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
@@ -394,8 +393,10 @@ class Scheduler:
             request.stop_reason = "repetition_detected"
             self._finish(request, "repetition")
 
-    def _give_up(self, request: Request, reason: str) -> None:
-        request.stop_reason = reason
+    def _give_up(self, request: Request, error: str | None) -> None:
+        """End a request for which its grammar allows no token; error: what has become of the grammar."""
+        why = "the request's other options leave none that it allows" if error is None else error
+        request.stop_reason = f"structured_outputs: the grammar could not go on ({why})"
         self._finish(request, "abort")
 
     def _finish(self, request: Request, reason: str) -> None:

@@ -1,8 +1,8 @@
 """StepGraphs: steps captured as CUDA graphs and replayed.
 
 The graph of a decode step runs everything from the embedding of the last sampled tokens to the sampling of the next
-ones, that of a mixed step the model up to its last layer.  There is one for each padded size; the
-largest is captured first and all share one memory pool, so that together they take little more memory than it.
+ones, that of a mixed step the model up to its last layer.  There is one for each padded size; the largest is captured
+first and all share one memory pool, so that together they take little more memory than it.
 """
 
 from __future__ import annotations
