@@ -12,7 +12,8 @@ from minivllm.validation import check_int, refuses_unknown_options
 @refuses_unknown_options()
 @dataclass(kw_only=True)
 class StructuredOutputsParams:
-    """What the text of an output must be; one of these.  Raises ValueError for none or several.
+    """What the text of an output must be; one of these.  Raises ValueError for none or several.  The engine takes up to
+    a million characters, 65,536 of a grammar.
 
     json: a JSON schema, as a dict or as text.  regex: a regular expression for the whole text.  choice: one of these
     texts.  grammar: a context-free grammar, in Lark's or llama.cpp's (GBNF) notation.  json_object: any JSON object.
