@@ -37,7 +37,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 def output_file(text: str) -> str:
     """A file that can be written, found out before a long run and not after it."""
-    path = Path(text)
+    path = Path(text).resolve()  # where a link leads
     try:
         if not path.exists():
             path.touch()

@@ -91,10 +91,12 @@ class RemoteModel:
 
     def stream(self, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[Part]:
         body = {"model": self.name, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        part = Part("")
+        part, has_ended = Part(""), False
         with self._request("chat/completions", body | options) as response:
-            for line in self._lines(response):
-                event = openai_events.decode(line)
+            for payload in self._payloads(response):
+                if has_ended := payload == openai_events.DONE:
+                    break
+                event = openai_events.decode(payload)
                 usage = event.get("usage") or {}
                 part.num_prompt_tokens = usage.get("prompt_tokens", part.num_prompt_tokens)
                 part.num_output_tokens = usage.get("completion_tokens", part.num_output_tokens)
@@ -105,17 +107,14 @@ class RemoteModel:
                     part.text = (choice.get("delta") or {}).get("content") or ""
                     part.finish_reason = choice.get("finish_reason") or part.finish_reason
                 yield part
-        if part.finish_reason is None:
+        if not has_ended and part.finish_reason is None:
             raise ValueError("the server broke off in the middle of its answer, which is forgotten")
 
-    def _lines(self, response: Any) -> Iterator[bytes]:
-        """The payloads of a stream, up to its end or to where it breaks off."""
+    def _payloads(self, response: Any) -> Iterator[bytes]:
+        """What the lines of a stream carry, up to where it ends or breaks off."""
         with suppress(http.client.HTTPException):
             for line in response:
-                payload = openai_events.payload(line)
-                if payload == openai_events.DONE:
-                    return
-                if payload:
+                if payload := openai_events.payload(line):
                     yield payload
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -15,6 +15,7 @@ import torch
 from conftest import ON_GPU
 
 from minivllm import LLM
+from minivllm.argument_types import output_file
 from minivllm.bench import kernels, profile, throughput
 from minivllm.bench.cli import main
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
@@ -228,6 +229,14 @@ def test_random_weights_of_a_shape(monkeypatch, capsys, tmp_path):
 
 
 # ---- mistakes
+
+
+def test_a_file_to_write_may_be_a_link_and_is_left_alone(tmp_path):
+    link, target = tmp_path / "link.json", tmp_path / "target.json"
+    link.symlink_to(target)
+    assert output_file(str(link)) == str(link) and link.is_symlink() and not target.exists()
+    target.write_text("kept")
+    assert output_file(str(link)) and target.read_text() == "kept"
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,49 @@ def test_requests_of_a_step_that_failed_midway_go_on(tiny, monkeypatch, asynchro
         llm.engine.scheduler.check_integrity()
 
 
+def test_a_call_after_one_that_failed(tiny, monkeypatch):
+    """What the failed one had to be told of is not told again."""
+    with make(tiny("gqa-tied")) as llm:
+        greedy = SamplingParams(temperature=0, max_tokens=3)
+        expected = run(llm, PROMPTS, greedy)
+        update = llm.engine.scheduler.update
+
+        def fail_at_the_end(result):
+            if any(request.finished for request in update(result)):
+                monkeypatch.undo()
+                raise KeyboardInterrupt
+            return []
+
+        monkeypatch.setattr(llm.engine.scheduler, "update", fail_at_the_end)
+        with pytest.raises(KeyboardInterrupt):
+            run(llm, PROMPTS, greedy)
+        assert not llm.engine.has_unfinished_requests()
+        assert run(llm, PROMPTS, greedy) == expected
+
+
+def test_aborting_a_request_leaves_others_alone_whatever_they_are_called(tiny):
+    params = SamplingParams(n=2, seed=1, max_tokens=20, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
+    params.stop_token_ids = list(range(0, 100, 2))
+    with make(tiny("gqa-tied")) as llm:
+        engine = llm.engine
+        for seed in range(50):  # until its first output ends before its second
+            params.seed = seed
+            engine.add_request("x", PROMPTS[0], params)
+            while {"0_x", "1_x"} <= engine.scheduler.requests.keys():
+                engine.step()
+            if "1_x" in engine.scheduler.requests:
+                break
+            while engine.has_unfinished_requests():
+                engine.step()
+        assert "0_x" not in engine.scheduler.requests
+        engine.add_request("0_x", PROMPTS[1], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+        assert [output.request_id for output in engine.abort_requests(["x"])] == ["x"]
+        outputs = []
+        while engine.has_unfinished_requests():
+            outputs += engine.step()
+        assert outputs[-1].request_id == "0_x" and outputs[-1].outputs[0].finish_reason == "length"
+
+
 def test_a_request_that_waits_does_not_make_the_others_wait_for_tokens(tiny):
     functions = SamplingParams(max_tokens=4, logits_processors=[lambda output, logits: logits])
     with make(tiny("gqa-tied"), async_scheduling=True, max_num_seqs=1) as llm:

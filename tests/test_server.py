@@ -446,6 +446,15 @@ async def iter_bytes(count):
         yield b" " * 100
 
 
+def test_echo_of_token_ids_that_are_cut(server, offline):
+    ids = offline.get_tokenizer()("The capital of France is").input_ids
+    body = dict(prompt=ids, max_tokens=1, echo=True, truncate_prompt_tokens=2, logprobs=0, temperature=0)
+    whole = complete(server, **body)["choices"][0]
+    assert whole["text"].startswith(" France is") and "".join(whole["logprobs"]["tokens"]) == whole["text"]
+    parts = stream(server, "/v1/completions", body)
+    assert "".join(part["choices"][0]["text"] for part in parts) == whole["text"]
+
+
 def test_what_needs_a_tokenizer_is_refused_without_one(tiny):
     server = RunningServer(tiny("mha"), skip_tokenizer_init=True, max_num_seqs=2, block_size=16)
     tool = dict(function=dict(name="f"))

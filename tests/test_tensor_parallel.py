@@ -17,12 +17,37 @@ from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.loading.weights import fill_dummy, load_weights
 from minivllm.parallel import Parts, Share, TensorParallel
 from minivllm.runner import executor
+from minivllm.runner.cuda_graph import mixed_graph_sizes
 from minivllm.runner.executor import WorkerError
 
 PROMPTS = [[1 + i, 2, 3 + 2 * i, 4] * (2 + 3 * (i % 4)) for i in range(9)]
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 OPTIONS = dict(device="cpu", skip_tokenizer_init=True, block_size=16)
 NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
+
+
+@pytest.fixture
+def start_workers(tmp_path, monkeypatch):
+    """start_workers(code): workers run this first; returns a list of all those that are started."""
+
+    def prepare(code):
+        (tmp_path / "changed_worker.py").write_text(
+            "import os, signal, time\n"
+            "from minivllm.runner.model_runner import ModelRunner\n"
+            f"from minivllm.runner.worker import main\n{code}"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        processes = []
+
+        def start(module, environment, start_process=executor.start_process):
+            process, connection = start_process("changed_worker", environment)
+            processes.append(process.pid)
+            return process, connection
+
+        monkeypatch.setattr(executor, "start_process", start)
+        return processes
+
+    return prepare
 
 
 def tokens(outputs):
@@ -64,8 +89,18 @@ def test_same_tokens(tiny, greedy, name, size):
         assert [row[0] for row in tokens(again)] == expected and any(output.num_cached_tokens for output in again)
 
 
-def test_steps_of_fewer_tokens_than_workers(tiny, greedy):
-    """Where graphs have fewer too: no worker is left without a row of its own."""
+@pytest.mark.parametrize("num_tokens", [8, 100, 2048, 2100, 5001, 8192, 131_072])
+def test_graphs_of_large_steps_are_for_many_workers_and_few(num_tokens):
+    for size in (1, 2, 3, 4):
+        sizes = mixed_graph_sizes(num_tokens, size)
+        assert sizes == sorted(set(sizes)) and max(sizes, default=0) <= num_tokens and len(sizes) < 32
+        assert max(sizes, default=0) <= 2048 or size > 2
+        assert num_tokens < 2048 or size <= 2 or sizes[-1] == num_tokens
+
+
+def test_steps_of_fewer_tokens_than_workers(tiny, greedy, start_workers):
+    """Where norms exchange fewer too: no worker is left without a row of its own."""
+    start_workers(FEW_ROWS.format(1))
     options = OPTIONS | dict(backend="triton", max_num_batched_tokens=8, max_num_seqs=2, kv_cache_memory_bytes=1 << 20)
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     with LLM(tiny("mha"), tensor_parallel_size=4, **options) as llm:
@@ -114,9 +149,10 @@ def test_kernels_exchange_sums_and_tokens(tiny, name, size):
 
 
 @pytest.mark.parametrize(("name", "size", "quantization"), [("bias", 4, None), ("gemma2", 2, "fp8")])
-def test_workers_share_out_the_rows_of_large_steps(tiny, name, size, quantization):
-    """Steps of more tokens than CUDA graphs have, with all of a prompt's outputs wanted, or the last one's: as workers
-    do that add up through a library."""
+def test_workers_share_out_the_rows_of_large_steps(tiny, name, size, quantization, start_workers):
+    """Steps of more tokens than norms exchange by themselves, with all of a prompt's outputs wanted, or the last one's:
+    as workers do that add up through a library."""
+    start_workers(FEW_ROWS.format(16))
     batch = [[(7 * i + 3 * j) % 150 for j in range(length)] for i, length in enumerate((37, 35))]
     params = [SamplingParams(temperature=0, max_tokens=2, ignore_eos=True) for _ in batch]
     params[0].prompt_logprobs = 1  # of 36 tokens in one step
@@ -182,30 +218,7 @@ def test_parts_of_a_tensor():
     assert not torch.equal(first, torch.zeros(3, 2)), "drawn"
 
 
-@pytest.fixture
-def start_workers(tmp_path, monkeypatch):
-    """start_workers(code): workers run this first; returns a list of all those that are started."""
-
-    def prepare(code):
-        (tmp_path / "changed_worker.py").write_text(
-            "import os, signal, time\n"
-            "from minivllm.runner.model_runner import ModelRunner\n"
-            f"from minivllm.runner.worker import main\n{code}"
-        )
-        monkeypatch.syspath_prepend(str(tmp_path))
-        processes = []
-
-        def start(module, environment, start_process=executor.start_process):
-            process, connection = start_process("changed_worker", environment)
-            processes.append(process.pid)
-            return process, connection
-
-        monkeypatch.setattr(executor, "start_process", start)
-        return processes
-
-    return prepare
-
-
+FEW_ROWS = "from minivllm.runner import worker; worker.SENT_ROWS = {}"
 FAULT = """
 execute = ModelRunner.execute
 def faulty(self, batch):

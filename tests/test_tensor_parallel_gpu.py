@@ -19,6 +19,7 @@ pytestmark = [
 ]
 GREEDY = dict(temperature=0.0, ignore_eos=True)
 OPTIONS = dict(skip_tokenizer_init=True, block_size=16, kv_cache_memory_bytes=1 << 22)
+PLAIN = SamplingParams(max_tokens=2, **GREEDY)
 NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
 FOUR = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 
@@ -81,6 +82,20 @@ def test_same_tokens_with_everything_on(tiny, eager, size):
     assert tokens(found[0]) == tokens(found[1])
     for one, two in zip(*found, strict=True):
         assert one.outputs[0].cumulative_logprob == pytest.approx(two.outputs[0].cumulative_logprob, abs=1e-3)
+
+
+@FOUR
+def test_large_steps_in_graphs_after_one_that_wants_all_outputs(tiny):
+    """Messages in graphs have fixed flags, which other steps must leave as they were."""
+    batch = prompts(40, 200)
+    asking = [SamplingParams(max_tokens=2, prompt_logprobs=1, **GREEDY) if i > 5 else PLAIN for i in range(40)]
+    found = []
+    for size in (1, 4):
+        with LLM(tiny("mha"), tensor_parallel_size=size, dtype="float32", **OPTIONS) as llm:
+            for params in (asking, PLAIN, asking, PLAIN):
+                llm.reset_prefix_cache()
+                found.append(tokens(llm.generate(batch, params, use_tqdm=False)))
+    assert found[:4] == found[4:]
 
 
 def test_bfloat16_logprobs_are_near(tiny):

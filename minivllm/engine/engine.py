@@ -168,7 +168,9 @@ class Engine:
         groups = [self._outputs.groups[i] for i in dict.fromkeys(request_ids) if i in self._outputs.groups]
         requests = [sample.request for group in groups for sample in group.samples if not sample.has_ended]
         for request in requests:
-            self.scheduler.abort(request.request_id)
+            if not request.finished:  # or its id may be another's by now
+                self.scheduler.abort(request.request_id)
+        self._late = [request for request in self._late if request not in requests]
         return self._outputs.outputs(requests)
 
     @property

@@ -25,6 +25,7 @@ MAX_GRAMMAR_CHARACTERS = 1 << 16  # of one in a notation that has to be converte
 COMPILER_STACK = 512 << 20  # bytes of address space: llguidance goes into nested rules by recursion
 
 Result = TypeVar("Result")
+_compiling = threading.Lock()
 
 # Of JSON schemas: keywords that hold schemas by name, and those that hold values.
 MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
@@ -148,12 +149,13 @@ class GrammarCompiler:
 
 def _on_large_stack(function: Callable[[], Result]) -> Result:
     """What `function` returns, run on a thread with a stack of its own."""
-    previous = threading.stack_size(COMPILER_STACK)
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(function).result()
-    finally:
-        threading.stack_size(previous)
+    with _compiling:  # what follows holds for all threads that are started meanwhile
+        previous = threading.stack_size(COMPILER_STACK)
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(function).result()
+        finally:
+            threading.stack_size(previous)
 
 
 def _source(params: StructuredOutputsParams, special_tokens: Collection[str]) -> str:

@@ -8,7 +8,8 @@ engines, which take no multiprocessor from the products, and a flag follows each
 
 Places for what comes in are used again each time, and flags go from 0 to 1 and back: sums and products alternate, and
 before a worker sends for the next sum it has got the rows that its receiver normed after the last one, and the other
-way round.
+way round.  A step has an even number of either, so CUDA graphs, in which the flags' values are fixed, find them as they
+were.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class RowShare:
 
     def whole(self) -> torch.Tensor:
         """All rows, on all workers."""
-        return self[torch.arange(self.num_rows, device=self.value.device)]
+        return self.product(lambda values, out: out.copy_(values), self.value.shape[1])
 
     def __getitem__(self, wanted: torch.Tensor) -> torch.Tensor:
         """Rows `wanted` [S], on all workers: [S, size].  All must call it."""
@@ -83,6 +84,11 @@ class RowExchange:
         self._flag_values = torch.tensor([0, 1], dtype=torch.int32, device=device)
         self._turns = [0, 0]  # by kind: the value of the last flags
         all_ready(device)
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether all flags are as they were at first."""
+        return self._turns == [0, 0]
 
     def rows_of(self, rank: int, num_rows: int) -> slice:
         """Those that are the worker's own."""

@@ -28,12 +28,13 @@ def mixed_graph_sizes(max_num_batched_tokens: int, num_workers: int = 1) -> list
     together, so that padding costs little.
 
     Steps of more than 2,048 take longer to run than to launch, but for those that more than two workers share, with a
-    dozen copies a layer: of these there are graphs in steps of 1,024, up to the largest.
+    dozen copies a layer: of these there are graphs in steps of 1,024 up to 8,192, then of twice as many each, and of
+    the largest.
     """
-    sizes = [32, 64, 128, 192, *range(256, 2049, 128)]
+    sizes = {32, 64, 128, 192, *range(256, 2049, 128)}
     if num_workers > 2:
-        sizes += [*range(3072, max_num_batched_tokens, 1024), max(2048, max_num_batched_tokens)]
-    return [size for size in dict.fromkeys(sizes) if size <= max_num_batched_tokens]
+        sizes |= {*range(3072, 8193, 1024), *(8192 << i for i in range(8)), max(2048, max_num_batched_tokens)}
+    return sorted(size for size in sizes if size <= max_num_batched_tokens)
 
 
 class StepGraphs:

@@ -132,6 +132,7 @@ class ModelRunner:
             sampled = self._decode_step(batch, changes)
         else:
             sampled = self._mixed_step(batch, changes)
+        assert self.tp.rows is None or self.tp.rows.is_at_rest, "or the next replay takes old messages for its own"
         return self._hand_over(sampled)
 
     def _use_device(self) -> None:

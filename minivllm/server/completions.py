@@ -36,6 +36,7 @@ class Completion(Work):
         self._n = self._params.n
         self._offsets: dict[int, int] = {}  # by choice: characters of its text, or of its tokens', so far
         self._prompt_logprobs: dict[int, Any] = {}  # by prompt; they come once
+        self._texts: dict[int, str] = {}  # by prompt, with echo
         self._first_texts: dict[int, str] = {}  # by prompt: of its first token
 
     async def start(self) -> None:
@@ -49,7 +50,7 @@ class Completion(Work):
         usage = Usage()
         choices: list[dict[str, Any]] = []
         async for i, output in self._outputs():
-            await self._decode_first_token(i, output)
+            await self._decode_prompt(i, output)
             usage.see(output, is_first=True)
             for completion in output.outputs:
                 choice = self._choice(i, output, completion, is_first=True)
@@ -67,7 +68,7 @@ class Completion(Work):
         outputs = self._outputs()
         try:
             async for i, output in outputs:
-                await self._decode_first_token(i, output)
+                await self._decode_prompt(i, output)
                 usage.see(output, is_first=i not in seen)
                 seen.add(i)
                 if self._drops_output:
@@ -88,16 +89,17 @@ class Completion(Work):
             tokenize = partial(self._llm.get_tokenizer(), prompt, add_special_tokens=False)
             ids = (await self._llm.with_tokenizer(tokenize)).input_ids
             return {"prompt": prompt, "prompt_token_ids": ids}
-        if isinstance(prompt, list) and self._body.echo:
-            text = await self._llm.with_tokenizer(self._llm.get_tokenizer().decode, prompt)
-            return {"prompt": text, "prompt_token_ids": prompt}
+        if self._body.echo:
+            self._llm.get_tokenizer()  # or a ValueError
         return prompt
 
-    async def _decode_first_token(self, i: int, output: RequestOutput) -> None:
-        """Of a prompt that is shown token by token: nothing else is known of its first one."""
-        if self._body.echo and self._body.logprobs is not None and i not in self._first_texts:
-            decode = self._llm.get_tokenizer().decode
-            self._first_texts[i] = await self._llm.with_tokenizer(decode, output.prompt_token_ids[:1])
+    async def _decode_prompt(self, i: int, output: RequestOutput) -> None:
+        """With echo: the prompt's text, if token ids were given, and that of its first token, of which nothing else is
+        known."""
+        if self._body.echo and i not in self._first_texts:
+            decode, ids = self._llm.get_tokenizer().decode, output.prompt_token_ids
+            self._first_texts[i] = await self._llm.with_tokenizer(decode, ids[:1])
+            self._texts[i] = str(output.prompt or await self._llm.with_tokenizer(decode, ids))
 
     def _choice(self, i: int, output: RequestOutput, completion: CompletionOutput, is_first: bool) -> dict[str, Any]:
         """What is new of one choice; with echo, its first part begins with the prompt."""
@@ -110,7 +112,7 @@ class Completion(Work):
         if self._drops_output:
             text, entries = "", []
         if self._body.echo and is_first:
-            text = (output.prompt or "") + text
+            text = self._texts[i] + text
             entries = [*zip(output.prompt_token_ids, self._prompt_logprobs.get(i, ()), strict=False), *entries]
         offset = self._offsets.get(index, 0)
         logprobs = None
