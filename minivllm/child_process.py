@@ -24,7 +24,7 @@ class WorkerError(RuntimeError):
 def start_process(
     module: str, environment: Mapping[str, str] | None = None
 ) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Start `main(file descriptor)` of a module in a process of its own; returns it, and our end of the connection.
+    """Start `main(file descriptor)` of a module in a process of its own; returns it, and our end of the Connection.
     `environment`: variables that it gets unless they are set here."""
     ours, theirs = socket.socketpair()
     with theirs:
@@ -54,8 +54,3 @@ def check_importable(name: str, functions: Iterable[Callable[..., object]]) -> N
                 f"{name}: {function!r} has to run in another process, which cannot import it; define it at the top of "
                 "a module other than the script"
             )
-
-
-def connect(file_descriptor: int) -> Connection:
-    """The started process' end."""
-    return Connection(file_descriptor)

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from minivllm.child_process import connect
 from minivllm.metrics import Metric, collect
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
@@ -156,7 +155,7 @@ class EngineLoop:
 
 def main(file_descriptor: int) -> None:
     """What the process runs: makes the LLM that its parent describes over the connection, and serves it."""
-    connection = connect(file_descriptor)
+    connection = Connection(file_descriptor)
     try:
         from minivllm.llm import LLM  # takes seconds, in which the parent finds the model's files
 

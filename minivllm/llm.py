@@ -105,8 +105,7 @@ class LLM:
         more: vLLM's other arguments, as long as they ask for nothing (lora_request=None).
 
         Raises ValueError for wrong input before any request is started, and for one of `logits_processors` that fails;
-        other calls go on.  Ctrl-C aborts these requests and raises
-        KeyboardInterrupt; the engine stays usable.
+        other calls go on.  Ctrl-C aborts these requests and raises KeyboardInterrupt; the engine stays usable.
         """
         take_options(more, "generate", NOT_SUPPORTED)
         requests = self._check_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)

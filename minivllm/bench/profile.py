@@ -7,10 +7,8 @@ forward, sample, update.  A decode step that replays a CUDA graph has its sampli
 from __future__ import annotations
 
 import bisect
-import contextlib
 import gzip
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -100,11 +98,9 @@ def trace(llm: LLM, workload: Workload, path: str) -> list[ScheduledBatch]:
     engine.abort_requests(request_ids)
     while engine.has_unfinished_requests():
         engine.step()
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)  # an older one
-    profiler.export_chrome_trace(path)  # which raises nothing if it cannot
-    if not os.path.exists(path):
-        raise OSError(f"the trace could not be written to {path}")
+    with open(path, "wb"):  # raises what the profiler does not, and leaves nothing of an older one
+        pass
+    profiler.export_chrome_trace(path)
     return batches
 
 

@@ -177,8 +177,8 @@ class EventLog:
         if self._partial_line:
             self.feed(b"\n", self._times[-1] if self._times else perf_counter())
         usage: dict[str, int] | None = None
-        end = len(self._times)
-        for event in map(openai_events.decode, reversed(_payloads(self._tail))):
+        end, last = len(self._times), _payloads(self._tail)
+        for event in map(openai_events.decode, reversed(last)):
             usage = usage or event.get("usage")
             if _has_token(event):
                 break
@@ -190,11 +190,11 @@ class EventLog:
             begin += 1
         if begin >= end:
             raise ValueError("the server sent no token")
-        if not usage and openai_events.DONE not in _payloads(self._tail):
-            raise ValueError("the server broke off in the middle of an answer")
         if not usage:
             raise ValueError(
                 "the server sent no usage, from which tokens are counted; it must know stream_options.include_usage"
+                if openai_events.DONE in last
+                else "the server broke off in the middle of an answer"
             )
         return self._times[begin:end], usage
 

@@ -196,7 +196,7 @@ class Engine:
             most = 0 if self.scheduler.waits_for_tokens else self._max_in_flight - 1
             if batch is None:
                 most = min(most, len(self._pending) - 1)  # nothing to do before a result is there
-            while len(self._pending) > max(most, 0):
+            while self._pending and len(self._pending) > most:
                 progressed += self._enter(self._pending.popleft().wait())
         except BaseException:
             self._pending.clear()

@@ -273,8 +273,9 @@ class Scheduler:
         sampled = []
         asking = []
         for row, (request, num_new) in enumerate(rows):
+            num_before = request.num_computed_tokens - num_new
             batch.slots.append(request.slot)
-            batch.num_computed.append(request.num_computed_tokens - num_new)
+            batch.num_computed.append(num_before)
             batch.num_scheduled.append(num_new)
             if request.num_computed_tokens == request.num_tokens:
                 place = len(batch.sampled_rows)
@@ -287,7 +288,6 @@ class Scheduler:
                     batch.processors.append((place, functions, *tokens))
                 batch.sampled_rows.append(row)
                 sampled.append(request)
-            num_before = request.num_computed_tokens - num_new
             if request.params.num_prompt_logprobs is not None and num_before + 1 < request.num_prompt_tokens:
                 batch.prompt_logprobs_rows.append(row)
                 asking.append((request, num_before))

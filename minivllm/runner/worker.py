@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from minivllm.child_process import connect
 from minivllm.config import EngineConfig
 from minivllm.model_config import ModelConfig
 from minivllm.parallel import SENT_ROWS, RowExchange, TensorParallel, open_inbox, see_each_other
@@ -91,7 +90,7 @@ class Worker:
 
 def main(file_descriptor: int) -> None:
     """What the process runs."""
-    Worker(connect(file_descriptor)).run()
+    Worker(Connection(file_descriptor)).run()
 
 
 def _placed(config: EngineConfig, rank: int) -> EngineConfig:
