@@ -11,7 +11,7 @@ from typing import Any
 
 def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raise ValueError for the names in `given` that are not in `known`, with the nearest known name."""
-    known = list(known)
+    known = dict.fromkeys(known)
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -28,7 +28,7 @@ def take_options(
 ) -> dict[str, Any]:
     """Those of the options in `given` that are `taken`.  Raises ValueError for any others, but for those that are not
     supported and do not ask for anything either."""
-    taken = list(taken)
+    taken = dict.fromkeys(taken)
     reject_unknown(given, [*taken, *not_supported], what)
     for name in not_supported.keys() & given.keys():
         harmless, remedy = not_supported[name]

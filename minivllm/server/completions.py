@@ -42,7 +42,7 @@ class Completion(Work):
     async def start(self) -> None:
         try:
             prompts: list[Prompt] = [await self._prompt(prompt) for prompt in self._body.prompts()]
-        except (ValueError, OverflowError, IndexError) as error:
+        except ValueError as error:
             raise ApiError(400, f"prompt: {error}", "prompt") from None
         self._running = await self._service.start(prompts, self._params, self._id, "prompt")
 
