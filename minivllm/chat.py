@@ -93,7 +93,7 @@ class RemoteModel:
         body = {"model": self.name, "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
         part, has_ended = Part(""), False
         with self._request("chat/completions", body | options) as response:
-            for payload in self._payloads(response):
+            for payload in _payloads(response):
                 if has_ended := payload == openai_events.DONE:
                     break
                 event = openai_events.decode(payload)
@@ -110,13 +110,6 @@ class RemoteModel:
         if not has_ended and part.finish_reason is None:
             raise ValueError("the server broke off in the middle of its answer, which is forgotten")
 
-    def _payloads(self, response: Any) -> Iterator[bytes]:
-        """What the lines of a stream carry, up to where it ends or breaks off."""
-        with suppress(http.client.HTTPException):
-            for line in response:
-                if payload := openai_events.payload(line):
-                    yield payload
-
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -126,6 +119,12 @@ class RemoteModel:
             raise ValueError(f"the server says {message}") from None
         except (urllib.error.URLError, ValueError, http.client.HTTPException) as error:
             raise ValueError(f"{self._url} does not answer: {getattr(error, 'reason', error)}") from None
+
+
+def _payloads(response: Any) -> Iterator[bytes]:
+    """What the lines of a stream carry, up to where it ends or breaks off."""
+    with suppress(http.client.HTTPException):
+        yield from openai_events.payloads(response)
 
 
 class Chat:

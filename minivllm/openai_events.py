@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 DONE = b"[DONE]"
 
 
-def payload(line: bytes) -> bytes:
-    """What a line of a stream carries, nothing if it is no event."""
-    return line[len(b"data:") :].strip() if line.startswith(b"data:") else b""
+def payloads(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """What the lines of a stream carry; those that are no events carry nothing."""
+    for line in lines:
+        if line.startswith(b"data:") and (payload := line[len(b"data:") :].strip()):
+            yield payload
 
 
 def decode(payload: bytes) -> dict[str, Any]:

@@ -58,10 +58,10 @@ def refuses_unknown_options(not_supported: NotSupported | None = None) -> Callab
 
     def change(cls: Any) -> Any:
         init = cls.__init__
+        names = [field.name for field in fields(cls)]
 
         @functools.wraps(init)
         def __init__(self: Any, **options: Any) -> None:
-            names = [field.name for field in fields(cls)]
             init(self, **take_options(options, cls.__name__, not_supported or {}, names))
 
         cls.__init__ = __init__

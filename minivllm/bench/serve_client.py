@@ -200,7 +200,7 @@ class EventLog:
 
 
 def _payloads(pieces: Iterable[bytes]) -> list[bytes]:
-    return [payload for line in b"".join(pieces).split(b"\n") if (payload := openai_events.payload(line))]
+    return list(openai_events.payloads(b"".join(pieces).split(b"\n")))
 
 
 def _has_token(event: dict[str, Any]) -> bool:
