@@ -69,4 +69,5 @@ def test_graphs_fit_every_batch_with_little_padding(most):
     assert sizes == sorted({*sizes}) and sizes[-1] == most
     for rows in range(1, most + 1):
         padding = next(size for size in sizes if size >= rows) - rows
-        assert padding < (4 if rows <= 8 else 8 if rows <= 64 else 16 if rows <= 256 else 32)
+        bounds = {8: 4, 64: 8, 224: 16, 256: 32, 384: 64, 600: 128}
+        assert padding < next(bound for limit, bound in bounds.items() if rows <= limit)

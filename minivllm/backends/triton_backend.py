@@ -18,8 +18,8 @@ class TritonBackend(Backend):
         if kernels.has_kernel(x.shape[0], weight):
             return kernels.small_linear(x, weight, bias)
         out_size, in_size = weight.shape
-        if bias is None and x.shape[0] <= 256 and out_size >= 4096 and in_size > 6144:
-            # With a bias, torch asks cuBLASLt, whose choice for long sums is up to a fifth faster on an H100.
+        if bias is None and x.shape[0] <= 384 and out_size >= 4096 and in_size > 4096:
+            # With a bias, torch asks cuBLASLt, whose choice for long sums is up to a third faster on an H100.
             bias = _zeros(out_size, weight.dtype, weight.device)
         return F.linear(x, weight, bias)
 
