@@ -107,6 +107,7 @@ def engine(request, tiny):
     with make(tiny("gqa-tied"), **settings) as llm:
         yield llm
         assert (llm.engine.scheduler.stats.num_preemptions > 0) == ("preempting" in request.param)
+        assert llm.engine.scheduler.num_needing_tokens == 0
         llm.engine.scheduler.check_integrity()
 
 

@@ -58,15 +58,14 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=["sync", "async", "preempting"])
+@pytest.fixture(scope="module", params=["sync", "async", "preempting", pytest.param("cuda", marks=pytest.mark.gpu)])
 def llm(request, embedded):
-    settings = {}
+    settings = dict(device="cuda" if request.param == "cuda" else "cpu", dtype="float32")
     if request.param == "preempting":  # 7 blocks of 16 tokens
-        settings = dict(block_size=16, kv_cache_memory_bytes=7 * 16 * 4 * 2 * 30 * 3 * 64, max_model_len=140)
-    with LLM(embedded, device="cpu", async_scheduling=request.param != "sync", **settings) as llm:
+        settings |= dict(block_size=16, kv_cache_memory_bytes=7 * 16 * 4 * 2 * 30 * 3 * 64, max_model_len=140)
+    with LLM(embedded, async_scheduling=request.param != "sync", **settings) as llm:
         yield llm
         assert (llm.engine.scheduler.stats.num_preemptions > 0) == (request.param == "preempting")
-        assert llm.engine.scheduler.num_needing_tokens == 0
         llm.engine.scheduler.check_integrity()
 
 
@@ -91,6 +90,60 @@ def test_outputs_follow_the_grammar(llm, alone, name):
     assert len(finished) >= 2, "too few came to their end to say much"
     for completion in finished:
         check(completion.text)
+
+
+PERSON = SamplingParams(temperature=0, max_tokens=90, structured_outputs=StructuredOutputsParams(json=SCHEMA))
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_step_is_launched_before_the_token_before_it_is_known(embedded, monkeypatch, is_async):
+    """Not without async scheduling.  A step that fails while that token is waited for loses nothing."""
+    with LLM(embedded, device="cpu", async_scheduling=is_async, kv_cache_memory_bytes=1 << 24) as llm:
+        expected = llm.generate(PROMPTS[0], PERSON, use_tqdm=False)[0].outputs[0]
+        engine = llm.engine
+        execute, update, known, failures = engine.executor.execute, engine.scheduler.update, [], []
+
+        def counting(batch):
+            known.append(engine.scheduler.requests["a"].num_output_tokens)
+            return execute(batch)
+
+        def failing(result):
+            if len(known) == 6 and not failures:
+                failures.append(result)
+                raise RuntimeError("on purpose")
+            return update(result)
+
+        monkeypatch.setattr(engine.executor, "execute", counting)
+        while engine.has_unfinished_requests():
+            engine.step()
+        prompt_token_ids = llm.get_tokenizer()(PROMPTS[0]).input_ids
+        engine.add_request("a", prompt_token_ids, PERSON)
+        outputs = []
+        while engine.request_ids:
+            outputs += engine.step()
+        assert outputs[-1].outputs[0].token_ids == expected.token_ids
+        lag = int(is_async)
+        assert known[:6] == [max(0, i - lag) for i in range(6)]
+        known.clear()
+        monkeypatch.setattr(engine.scheduler, "update", failing)
+        engine.add_request("a", prompt_token_ids, PERSON)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            while engine.request_ids:
+                engine.step()
+        assert failures
+        while engine.request_ids:
+            outputs += engine.step()
+        assert outputs[-1].outputs[0].token_ids == expected.token_ids
+        is_person(outputs[-1].outputs[0].text)
+
+
+def test_workers_get_masks(embedded):
+    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 24) as llm:
+        expected = llm.generate(PROMPTS[0], PERSON, use_tqdm=False)[0].outputs[0]
+    is_person(expected.text)
+    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 24, tensor_parallel_size=3) as llm:
+        found = llm.generate([PROMPTS[0], PROMPTS[1]], [PERSON, FREE], use_tqdm=False)[0].outputs[0]
+    assert found.token_ids == expected.token_ids
 
 
 OPEN = {"type": "object", "properties": {"a": {"type": "object", "properties": {"properties": {"enum": [1]}}}}}
@@ -257,7 +310,7 @@ def test_grammars_that_are_not_well_formed(llm, options, message):
     params = SamplingParams(structured_outputs=StructuredOutputsParams(**options))
     with pytest.raises(ValueError, match=message):
         llm.generate(PROMPTS[0], params, use_tqdm=False)
-    assert not llm.engine.has_unfinished_requests()
+    assert not llm.engine.request_ids
 
 
 def test_without_a_tokenizer(tiny):

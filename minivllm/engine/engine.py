@@ -192,12 +192,12 @@ class Engine:
         try:
             batch = self.scheduler.schedule()
             if batch is not None:
+                batch.token_masks.catch_up = lambda: self._enter_results(0, progressed)
                 self._pending.append(self.executor.execute(batch))
             most = 0 if self.scheduler.waits_for_tokens else self._max_in_flight - 1
             if batch is None:
                 most = min(most, len(self._pending) - 1)  # nothing to do before a result is there
-            while self._pending and len(self._pending) > most:
-                progressed += self._enter(self._pending.popleft().wait())
+            self._enter_results(most, progressed)
         except BaseException:
             self._pending.clear()
             self.scheduler.recover()
@@ -205,13 +205,15 @@ class Engine:
             raise
         return self._outputs.outputs(dict.fromkeys(progressed))
 
-    def _enter(self, result: StepResult) -> list[Request]:
-        """Enter what a step found out; returns the requests that got a token or ended."""
-        progressed = self.scheduler.update(result)
-        for request in progressed:
-            if request.params.stop and (stop_string := self._outputs.find_stop(request)) is not None:
-                self.scheduler.stop(request, stop_string)
-        return progressed
+    def _enter_results(self, most: int, progressed: list[Request]) -> None:
+        """Wait for steps, oldest first, until at most so many are in flight, and enter what they found out.  Requests
+        that got a token or ended are added to `progressed`."""
+        while self._pending and len(self._pending) > most:
+            updated = self.scheduler.update(self._pending.popleft().wait())
+            for request in updated:
+                if request.params.stop and (stop_string := self._outputs.find_stop(request)) is not None:
+                    self.scheduler.stop(request, stop_string)
+            progressed += updated
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests that run keep their blocks."""

@@ -1,8 +1,8 @@
 """Structured outputs: which tokens a grammar allows next, worked out by llguidance (the extra `structured`).
 
-The mask for a token hangs on the one before it, so while a request with a grammar runs, each step's tokens are read
-before the next step is scheduled.  The masks themselves are worked out while the model runs, or, for workers in other
-processes, before.
+The mask for a token hangs on the one before it, which may be in flight when a step is launched.  So that token is
+waited for, and the mask worked out, when the model's part of the step runs already; for workers in other processes,
+before the step is sent.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class TokenMasks:
 
     def __init__(self) -> None:
         self.places: list[int] = []  # the requests' numbers among those that sample
+        self.catch_up: Callable[[], None] | None = None  # lets the grammars go on by the tokens that are in flight
         self._grammars: list[Grammar] = []
         self._words: np.ndarray | None = None
 
@@ -72,10 +73,12 @@ class TokenMasks:
 
     def words(self) -> np.ndarray:
         """[masks, vocab / 32] int32: bit i of word w is set if token 32 w + i may come next.  Worked out, on several
-        cores, when first asked for; until then the grammars must not go on."""
+        cores, when first asked for, after `catch_up`."""
         if self._words is None:
             from llguidance.numpy import fill_next_token_bitmask_par
 
+            if self.catch_up is not None:
+                self.catch_up()
             self._words = np.zeros((len(self._grammars), self._grammars[0].num_words), np.int32)
             matchers = [(grammar.matcher, row) for row, grammar in enumerate(self._grammars)]
             fill_next_token_bitmask_par(_threads(), matchers, self._words)
@@ -87,7 +90,8 @@ class TokenMasks:
         return next((grammar.error for grammar in self._grammars if grammar.error is not None), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"places": self.places, "_grammars": [], "_words": self.words() if self.places else None}
+        words = self.words() if self.places else None
+        return {"places": self.places, "catch_up": None, "_grammars": [], "_words": words}
 
 
 @functools.cache

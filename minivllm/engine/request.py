@@ -95,8 +95,8 @@ class Request:
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether its next token hangs on the values of those before in ways that only the host works out."""
-        return self.grammar is not None or self.params.logits_processors is not None
+        """Whether its next step cannot be launched before its tokens are known: its functions are called with them."""
+        return self.params.logits_processors is not None
 
     @property
     def finished(self) -> bool:

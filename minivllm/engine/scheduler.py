@@ -67,7 +67,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.stats = SchedulerStats()
-        self.num_needing_tokens = 0  # running requests whose next token cannot be drawn before the last one is known
+        self.num_needing_tokens = 0  # running requests whose next step cannot be launched before their tokens are known
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         # For each step in flight: the requests that sampled a token; those whose prompt's logprobs it finds, each with
         # the number of prompt tokens before those; the drafts.
@@ -301,7 +301,7 @@ class Scheduler:
 
     @property
     def waits_for_tokens(self) -> bool:
-        """Whether what comes next hangs on the values of tokens: a mask, a function's result, or a draft."""
+        """Whether what comes next hangs on the values of tokens: the call of a function, or a draft."""
         in_flight = any(drafts for _, _, drafts in self._in_flight)
         return self.num_needing_tokens > 0 or in_flight or self._drafts_pay()
 
