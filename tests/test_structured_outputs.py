@@ -95,11 +95,20 @@ def test_outputs_follow_the_grammar(llm, alone, name):
 PERSON = SamplingParams(temperature=0, max_tokens=90, structured_outputs=StructuredOutputsParams(json=SCHEMA))
 
 
-@pytest.mark.parametrize("is_async", [True, False])
-def test_a_step_is_launched_before_the_token_before_it_is_known(embedded, monkeypatch, is_async):
-    """Not without async scheduling.  A step that fails while that token is waited for loses nothing."""
-    with LLM(embedded, device="cpu", async_scheduling=is_async, kv_cache_memory_bytes=1 << 24) as llm:
-        expected = llm.generate(PROMPTS[0], PERSON, use_tqdm=False)[0].outputs[0]
+@pytest.fixture(scope="module")
+def person(embedded):
+    """What PERSON gives for the first prompt."""
+    with LLM(embedded, device="cpu", async_scheduling=False, kv_cache_memory_bytes=1 << 24) as llm:
+        output = llm.generate(PROMPTS[0], PERSON, use_tqdm=False)[0].outputs[0]
+    is_person(output.text)
+    return output
+
+
+@pytest.mark.parametrize(("is_async", "size"), [(False, 1), (True, 1), (True, 3)])
+def test_a_step_is_launched_before_the_token_before_it_is_known(embedded, person, monkeypatch, is_async, size):
+    """Not without async scheduling.  If something fails while that token is waited for, nothing is lost."""
+    settings = dict(async_scheduling=is_async, tensor_parallel_size=size, kv_cache_memory_bytes=1 << 24)
+    with LLM(embedded, device="cpu", **settings) as llm:
         engine = llm.engine
         execute, update, known, failures = engine.executor.execute, engine.scheduler.update, [], []
 
@@ -113,37 +122,23 @@ def test_a_step_is_launched_before_the_token_before_it_is_known(embedded, monkey
                 raise RuntimeError("on purpose")
             return update(result)
 
+        def run():
+            outputs = []
+            while engine.request_ids:
+                outputs = engine.step() or outputs
+            return outputs[-1].outputs[0].token_ids
+
         monkeypatch.setattr(engine.executor, "execute", counting)
-        while engine.has_unfinished_requests():
-            engine.step()
         prompt_token_ids = llm.get_tokenizer()(PROMPTS[0]).input_ids
         engine.add_request("a", prompt_token_ids, PERSON)
-        outputs = []
-        while engine.request_ids:
-            outputs += engine.step()
-        assert outputs[-1].outputs[0].token_ids == expected.token_ids
-        lag = int(is_async)
-        assert known[:6] == [max(0, i - lag) for i in range(6)]
+        assert run() == person.token_ids
+        assert known[:6] == [max(0, i - is_async) for i in range(6)]
         known.clear()
         monkeypatch.setattr(engine.scheduler, "update", failing)
         engine.add_request("a", prompt_token_ids, PERSON)
         with pytest.raises(RuntimeError, match="on purpose"):
-            while engine.request_ids:
-                engine.step()
-        assert failures
-        while engine.request_ids:
-            outputs += engine.step()
-        assert outputs[-1].outputs[0].token_ids == expected.token_ids
-        is_person(outputs[-1].outputs[0].text)
-
-
-def test_workers_get_masks(embedded):
-    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 24) as llm:
-        expected = llm.generate(PROMPTS[0], PERSON, use_tqdm=False)[0].outputs[0]
-    is_person(expected.text)
-    with LLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 24, tensor_parallel_size=3) as llm:
-        found = llm.generate([PROMPTS[0], PROMPTS[1]], [PERSON, FREE], use_tqdm=False)[0].outputs[0]
-    assert found.token_ids == expected.token_ids
+            run()
+        assert failures and run() == person.token_ids
 
 
 OPEN = {"type": "object", "properties": {"a": {"type": "object", "properties": {"properties": {"enum": [1]}}}}}
@@ -188,15 +183,16 @@ def test_any_object(llm):
     assert ended and all(isinstance(value, dict) for value in ended)
 
 
-def test_masks_go_to_workers_worked_out(llm):
-    """As words, since a grammar stays where its engine is."""
+def test_masks(llm):
+    """A grammar stays where its engine is; another process is told the places alone."""
     tokenizer = llm.get_tokenizer()
     masks = TokenMasks()
     for place, choice in ((2, ["no", "none"]), (5, ["yes"])):
         params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=choice))
         masks.add(place, llm.engine._grammar(params))
     sent = pickle.loads(pickle.dumps(ScheduledBatch(token_masks=masks))).token_masks
-    assert sent.places == [2, 5] and (sent.words() == masks.words()).all()
+    sent.receive = masks.words
+    assert len(sent) == 2 and sent.places == [2, 5]
     bits = np.unpackbits(sent.words().view(np.uint8), axis=1, bitorder="little")
     for row, word in zip(bits, ("none", "yes"), strict=True):
         allowed = {tokenizer.decode([token]) for token in np.flatnonzero(row)}

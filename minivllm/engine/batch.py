@@ -1,8 +1,8 @@
 """ScheduledBatch: the order form from the scheduler to the runner.
 
-Plain lists (but for the masks), small enough to send to worker processes each step: it says what changed since the last
-one, and the runner keeps the rest by slot (a request's place in the runner from its admission until it ends or is
-preempted).
+Plain lists (but for the masks, which go their own way), small enough to send to worker processes each step: it says
+what changed since the last one, and the runner keeps the rest by slot (a request's place in the runner from its
+admission until it ends or is preempted).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Structured outputs: which tokens a grammar allows next, worked out by llguidance (the extra `structured`).
 
 The mask for a token hangs on the one before it, which may be in flight when a step is launched.  So that token is
-waited for, and the mask worked out, when the model's part of the step runs already; for workers in other processes,
-before the step is sent.
+waited for, and the mask worked out, when the model's part of the step runs already.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import functools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -56,13 +55,13 @@ class Grammar:
 
 
 class TokenMasks:
-    """What some of a step's requests may sample.  A process that gets them from another gets finished ones."""
+    """What some of a step's requests may sample.  In another process it is but the places, and a way to the masks."""
 
-    def __init__(self) -> None:
-        self.places: list[int] = []  # the requests' numbers among those that sample
+    def __init__(self, places: Iterable[int] = ()) -> None:
+        self.places = list(places)  # the requests' numbers among those that sample
         self.catch_up: Callable[[], None] | None = None  # lets the grammars go on by the tokens that are in flight
+        self.receive: Callable[[], np.ndarray | None] | None = None  # gets the masks from the process of the grammars
         self._grammars: list[Grammar] = []
-        self._words: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -71,27 +70,26 @@ class TokenMasks:
         self.places.append(place)
         self._grammars.append(grammar)
 
-    def words(self) -> np.ndarray:
-        """[masks, vocab / 32] int32: bit i of word w is set if token 32 w + i may come next.  Worked out, on several
-        cores, when first asked for, after `catch_up`."""
-        if self._words is None:
-            from llguidance.numpy import fill_next_token_bitmask_par
+    def words(self) -> np.ndarray | None:
+        """[masks, vocab / 32] int32: bit i of word w is set if token 32 w + i may come next.  Worked out on several
+        cores, to be asked for once.  None: they cannot be had, and nobody will read the step's tokens."""
+        if self.receive is not None:
+            return self.receive()
+        from llguidance.numpy import fill_next_token_bitmask_par
 
-            if self.catch_up is not None:
-                self.catch_up()
-            self._words = np.zeros((len(self._grammars), self._grammars[0].num_words), np.int32)
-            matchers = [(grammar.matcher, row) for row, grammar in enumerate(self._grammars)]
-            fill_next_token_bitmask_par(_threads(), matchers, self._words)
-        return self._words
+        if self.catch_up is not None:
+            self.catch_up()
+        words = np.zeros((len(self._grammars), self._grammars[0].num_words), np.int32)
+        fill_next_token_bitmask_par(_threads(), [(g.matcher, row) for row, g in enumerate(self._grammars)], words)
+        return words
 
     @property
     def error(self) -> str | None:
         """Why one of the grammars cannot go on."""
         return next((grammar.error for grammar in self._grammars if grammar.error is not None), None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        words = self.words() if self.places else None
-        return {"places": self.places, "catch_up": None, "_grammars": [], "_words": words}
+    def __reduce__(self) -> Any:
+        return TokenMasks, (self.places,)
 
 
 @functools.cache

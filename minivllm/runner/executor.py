@@ -111,6 +111,18 @@ class WorkersExecutor:
             raise WorkerError(self._lost)
         message = pickle.dumps(batch, pickle.HIGHEST_PROTOCOL)
         self._num_sent += 1
+        words = None
+        try:
+            self._send(message)
+            if batch.token_masks:
+                words = batch.token_masks.words()
+        finally:
+            if batch.token_masks:  # the workers wait for them, even if there are none to be had
+                self._send(pickle.dumps(words, pickle.HIGHEST_PROTOCOL))
+        return PendingResult(self, self._num_sent)
+
+    def _send(self, message: bytes) -> None:
+        """To all workers."""
         try:
             for connection in self._connections:
                 connection.send_bytes(message)
@@ -119,7 +131,6 @@ class WorkersExecutor:
         except BaseException:
             self._give_up("interrupted while a step was sent to the workers")
             raise
-        return PendingResult(self, self._num_sent)
 
     def result(self, number: int) -> StepResult:
         """Wait for a step.  What was found out by earlier ones, if nobody has waited for them, is dropped."""

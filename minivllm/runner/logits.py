@@ -104,10 +104,11 @@ def _call(
 
 
 def _apply_masks(logits: torch.Tensor, batch: ScheduledBatch) -> None:
-    device = logits.device
+    words, device = batch.token_masks.words(), logits.device
+    if words is None:
+        return
     rows = to_device(np.array(batch.token_masks.places, np.int64), device)
-    words = to_device(batch.token_masks.words(), device)  # [masks, vocab / 32]
-    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
+    bits = (to_device(words, device)[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device)) & 1
     allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
     logits[rows] = logits[rows].masked_fill(~allowed, NEVER)
 

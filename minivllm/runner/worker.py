@@ -51,7 +51,9 @@ class Worker:
             if rank == 0:
                 threading.Thread(target=self._answer, args=(config.device,), daemon=True).start()
             while True:
-                pending = runner.execute(self._orders.get())
+                batch = self._orders.get()
+                batch.token_masks.receive = self._orders.get
+                pending = runner.execute(batch)
                 if rank == 0:
                     self._pending.put(pending)
         except BaseException as error:
