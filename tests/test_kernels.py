@@ -291,6 +291,16 @@ def test_small_linear(rows, in_size, out_size, bias, dtype):
     assert error(kernels.small_linear(x, weight, b), ref) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [64, 65, 384, 385])
+def test_linear_whoever_multiplies(rows, bias):
+    dtype = DTYPES[-1]
+    x, weight = torch.randn(rows, 4352, device=DEVICE).to(dtype), torch.randn(4096, 4352, device=DEVICE).to(dtype)
+    b = 50 * torch.randn(4096, device=DEVICE).to(dtype) if bias else None
+    ref = x.float() @ weight.float().T + (b.float() if bias else 0)
+    assert error(TritonBackend().linear(x, weight, b), ref) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("rows, in_size, out_size", [(1, 256, 8), (1, 3000, 16), (2, 256, 64), (40, 512, 128)])
 def test_small_linear_of_8_bits(rows, in_size, out_size, dtype):

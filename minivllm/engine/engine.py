@@ -10,6 +10,7 @@ import copy
 import time
 from collections import deque
 from collections.abc import Iterable, KeysView
+from functools import partial
 from typing import Any, Protocol
 
 from minivllm.child_process import check_importable
@@ -69,7 +70,7 @@ class Engine:
         )
         self._max_in_flight = 2 if config.async_scheduling else 1
         self._pending: deque[PendingTokens] = deque()
-        self._late: list[Request] = []  # ended, and not reported for a step that failed
+        self._progressed: list[Request] = []  # got a token or ended, and are still to be reported
         self._outputs = OutputProcessor(tokenizer)
         self._grammars: GrammarCompiler | None = None  # made when the first request needs it
         self._num_requests = 0
@@ -170,7 +171,7 @@ class Engine:
         for request in requests:
             if not request.finished:  # or its id may be another's by now
                 self.scheduler.abort(request.request_id)
-        self._late = [request for request in self._late if request not in requests]
+        self._progressed = [request for request in self._progressed if request not in requests]
         return self._outputs.outputs(requests)
 
     @property
@@ -180,7 +181,7 @@ class Engine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step is needed."""
-        return bool(self.scheduler.requests or self._pending or self._late)
+        return bool(self.scheduler.requests or self._pending or self._progressed)
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns the outputs that are due.
@@ -188,32 +189,32 @@ class Engine:
         If anything in it raises, the requests are kept, to be computed again by later steps, and the error is passed
         on.
         """
-        progressed, self._late = self._late, []
         try:
             batch = self.scheduler.schedule()
             if batch is not None:
-                batch.token_masks.catch_up = lambda: self._enter_results(0, progressed)
+                if batch.token_masks:
+                    batch.token_masks.catch_up = partial(self._enter_results, 0)
                 self._pending.append(self.executor.execute(batch))
             most = 0 if self.scheduler.waits_for_tokens else self._max_in_flight - 1
             if batch is None:
                 most = min(most, len(self._pending) - 1)  # nothing to do before a result is there
-            self._enter_results(most, progressed)
+            self._enter_results(most)
         except BaseException:
             self._pending.clear()
             self.scheduler.recover()
-            self._late = self._outputs.ended()
+            self._progressed = self._outputs.ended()
             raise
+        progressed, self._progressed = self._progressed, []
         return self._outputs.outputs(dict.fromkeys(progressed))
 
-    def _enter_results(self, most: int, progressed: list[Request]) -> None:
-        """Wait for steps, oldest first, until at most so many are in flight, and enter what they found out.  Requests
-        that got a token or ended are added to `progressed`."""
+    def _enter_results(self, most: int) -> None:
+        """Wait for steps, oldest first, until at most so many are in flight, and enter what they found out."""
         while self._pending and len(self._pending) > most:
-            updated = self.scheduler.update(self._pending.popleft().wait())
-            for request in updated:
+            progressed = self.scheduler.update(self._pending.popleft().wait())
+            for request in progressed:
                 if request.params.stop and (stop_string := self._outputs.find_stop(request)) is not None:
                     self.scheduler.stop(request, stop_string)
-            progressed += updated
+            self._progressed += progressed
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests that run keep their blocks."""

@@ -24,7 +24,7 @@ from minivllm.engine.block_manager import BlockManager
 from minivllm.engine.ngram import NO_DRAFTS, DraftLimits, accepted
 from minivllm.engine.request import Request
 
-RIDING_TOKENS = 768  # of a step whose prompts only ride along; fewer would leave matrix products short of work
+RIDING_TOKENS = 768  # of a step whose prompts only ride along: more hold up the decodes, fewer the requests to come
 
 
 Draft = tuple[Request, list[int]]
