@@ -8,6 +8,7 @@ from functools import partial
 import llguidance
 import numpy as np
 import pytest
+import torch
 
 from minivllm import LLM, SamplingParams, StructuredOutputsParams
 from minivllm.engine.batch import ScheduledBatch
@@ -98,17 +99,29 @@ PERSON = SamplingParams(temperature=0, max_tokens=90, structured_outputs=Structu
 @pytest.fixture(scope="module")
 def person(embedded):
     """What PERSON gives for the first prompt."""
-    with LLM(embedded, device="cpu", async_scheduling=False, kv_cache_memory_bytes=1 << 24) as llm:
+    with LLM(embedded, device="cpu", dtype="float32", async_scheduling=False, kv_cache_memory_bytes=1 << 24) as llm:
         output = llm.generate(PROMPTS[0], PERSON, use_tqdm=False)[0].outputs[0]
     is_person(output.text)
     return output
 
 
-@pytest.mark.parametrize(("is_async", "size"), [(False, 1), (True, 1), (True, 3)])
-def test_a_step_is_launched_before_the_token_before_it_is_known(embedded, person, monkeypatch, is_async, size):
+THREE = pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")
+
+
+@pytest.mark.parametrize(
+    ("is_async", "size", "device"),
+    [
+        (False, 1, "cpu"),
+        (True, 1, "cpu"),
+        (True, 3, "cpu"),
+        pytest.param(True, 1, "cuda", marks=pytest.mark.gpu),
+        pytest.param(True, 3, "cuda", marks=[pytest.mark.gpu, THREE]),
+    ],
+)
+def test_a_step_is_launched_before_the_token_before_it_is_known(embedded, person, monkeypatch, is_async, size, device):
     """Not without async scheduling.  If something fails while that token is waited for, nothing is lost."""
     settings = dict(async_scheduling=is_async, tensor_parallel_size=size, kv_cache_memory_bytes=1 << 24)
-    with LLM(embedded, device="cpu", **settings) as llm:
+    with LLM(embedded, device=device, dtype="float32", **settings) as llm:
         engine = llm.engine
         execute, update, known, failures = engine.executor.execute, engine.scheduler.update, [], []
 
