@@ -10,7 +10,7 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 
 # Signals that end programs are meant for the parent, which ends the process when it is done.
@@ -22,16 +22,18 @@ class WorkerError(RuntimeError):
 
 
 def start_process(
-    module: str, environment: Mapping[str, str] | None = None
+    module: str, environment: Mapping[str, str] | None = None, file_descriptors: Sequence[int] = ()
 ) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Start `main(file descriptor)` of a module in a process of its own; returns it, and our end of the Connection.
-    `environment`: variables that it gets unless they are set here."""
+    """Start `main` of a module in a process of its own; returns it, and our end of a Connection.  `main` gets the file
+    descriptor of the other end, and `file_descriptors`, which it inherits.  `environment`: variables that it gets
+    unless they are set here."""
     ours, theirs = socket.socketpair()
     with theirs:
+        inherited = [theirs.fileno(), *file_descriptors]
         # -P: the caller's path decides which modules are found, not the folder it is in.
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"{QUIET}; from {module} import main; main({theirs.fileno()})"],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-P", "-c", f"{QUIET}; from {module} import main; main(*{inherited})"],
+            pass_fds=inherited,
             env={
                 **(environment or {}),
                 **os.environ,

@@ -1,8 +1,10 @@
 """Structured outputs: what comes out follows the grammar, whatever runs beside it."""
 
 import json
+import os
 import pickle
 import re
+import tempfile
 from functools import partial
 
 import llguidance
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 from minivllm import LLM, SamplingParams, StructuredOutputsParams
+from minivllm.engine import grammar
 from minivllm.engine.batch import ScheduledBatch
 from minivllm.engine.grammar import TokenMasks
+from minivllm.runner.shared_masks import SharedMasks
 
 SCHEMA = {
     "type": "object",
@@ -61,7 +65,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=["sync", "async", "preempting", pytest.param("cuda", marks=pytest.mark.gpu)])
 def llm(request, embedded):
-    settings = dict(device="cuda" if request.param == "cuda" else "cpu", dtype="float32")
+    settings = dict(device="cuda" if request.param == "cuda" else "cpu", dtype="float32", kv_cache_memory_bytes=1 << 28)
     if request.param == "preempting":  # 7 blocks of 16 tokens
         settings |= dict(block_size=16, kv_cache_memory_bytes=7 * 16 * 4 * 2 * 30 * 3 * 64, max_model_len=140)
     with LLM(embedded, async_scheduling=request.param != "sync", **settings) as llm:
@@ -196,20 +200,43 @@ def test_any_object(llm):
     assert ended and all(isinstance(value, dict) for value in ended)
 
 
-def test_masks(llm):
+@pytest.mark.parametrize("seconds_alone", [0.0, 60.0], ids=["threads", "alone"])
+def test_masks(llm, monkeypatch, seconds_alone):
     """A grammar stays where its engine is; another process is told the places alone."""
+    monkeypatch.setattr(grammar, "SECONDS_ALONE", seconds_alone)
     tokenizer = llm.get_tokenizer()
     masks = TokenMasks()
     for place, choice in ((2, ["no", "none"]), (5, ["yes"])):
         params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=choice))
         masks.add(place, llm.engine._grammar(params))
     sent = pickle.loads(pickle.dumps(ScheduledBatch(token_masks=masks))).token_masks
-    sent.receive = masks.words
+    out = np.full((3, -(-llm.model_config.vocab_size // 32)), 0x12345678, np.int32)
+    sent.receive = partial(masks.words, out)
     assert len(sent) == 2 and sent.places == [2, 5]
-    bits = np.unpackbits(sent.words().view(np.uint8), axis=1, bitorder="little")
+    words = sent.words()
+    assert words.base is out and (out[:2] == words).all() and (out[2] == 0x12345678).all()
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
     for row, word in zip(bits, ("none", "yes"), strict=True):
         allowed = {tokenizer.decode([token]) for token in np.flatnonzero(row)}
         assert allowed and all(text and word.startswith(text) for text in allowed)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_shared_masks(monkeypatch, tmp_path, in_memory):
+    """What one writes, another reads, and nothing is left behind."""
+    if not in_memory:
+        monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = os.listdir("/proc/self/fd")
+    made = SharedMasks(max_num_seqs=3, vocab_size=70)
+    with made.file as file:
+        inherited = SharedMasks(3, 70, os.dup(file.fileno()))
+    inherited.file.close()
+    assert made.array.shape == (2, 3, 3)
+    made.array[1, 2] = [1, -1, 7]
+    assert inherited.array[1, 2].tolist() == [1, -1, 7] and not inherited.array[0].any()
+    del made, inherited
+    assert os.listdir("/proc/self/fd") == before and not os.listdir(tmp_path)
 
 
 def test_options_that_leave_nothing_end_the_request(llm):

@@ -39,8 +39,8 @@ def start_workers(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(tmp_path))
         processes = []
 
-        def start(module, environment, start_process=executor.start_process):
-            process, connection = start_process("changed_worker", environment)
+        def start(module, *arguments, start_process=executor.start_process):
+            process, connection = start_process("changed_worker", *arguments)
             processes.append(process.pid)
             return process, connection
 

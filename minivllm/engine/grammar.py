@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ MAX_COMPILED = 64  # grammars kept for requests to come
 MAX_CHARACTERS = 1 << 20  # of a grammar as llguidance takes it
 MAX_GRAMMAR_CHARACTERS = 1 << 16  # of one in a notation that has to be converted first, rule by rule
 COMPILER_STACK = 512 << 20  # bytes of address space: llguidance goes into nested rules by recursion
-MASK_THREADS = 4  # a mask takes microseconds: on 16 cores, steps with 64 take half as long again with 16 threads
+SECONDS_ALONE = 2e-3  # on a step's masks.  Most take microseconds, less than it takes to wake threads
 
 Result = TypeVar("Result")
 _compiling = threading.Lock()
@@ -71,17 +72,27 @@ class TokenMasks:
         self.places.append(place)
         self._grammars.append(grammar)
 
-    def words(self) -> np.ndarray | None:
-        """[masks, vocab / 32] int32: bit i of word w is set if token 32 w + i may come next.  Worked out on several
-        cores, to be asked for once.  None: they cannot be had, and nobody will read the step's tokens."""
+    def words(self, out: np.ndarray | None = None) -> np.ndarray | None:
+        """[masks, vocab / 32] int32: bit i of word w is set if token 32 w + i may come next.  To be asked for once.
+        None: they cannot be had, and nobody will read the step's tokens.
+
+        out: [at least so many masks, vocab / 32] int32: where to write them.
+        """
         if self.receive is not None:
             return self.receive()
-        from llguidance.numpy import fill_next_token_bitmask_par
+        from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
         if self.catch_up is not None:
             self.catch_up()
-        words = np.zeros((len(self._grammars), self._grammars[0].num_words), np.int32)
-        fill_next_token_bitmask_par(_threads(), [(g.matcher, row) for row, g in enumerate(self._grammars)], words)
+        count = len(self._grammars)
+        words = np.empty((count, self._grammars[0].num_words), np.int32) if out is None else out[:count]
+        deadline = time.perf_counter() + SECONDS_ALONE
+        for row, grammar in enumerate(self._grammars):
+            if time.perf_counter() > deadline:
+                rest = [(grammar.matcher, row + i) for i, grammar in enumerate(self._grammars[row:])]
+                fill_next_token_bitmask_par(_threads(), rest, words)
+                break
+            fill_next_token_bitmask(grammar.matcher, words, row)
         return words
 
     @property
@@ -97,7 +108,7 @@ class TokenMasks:
 def _threads() -> Any:
     from llguidance import LLExecutor
 
-    return LLExecutor(MASK_THREADS)
+    return LLExecutor()
 
 
 class GrammarCompiler:

@@ -20,6 +20,7 @@ from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.loading.weights import WeightSource
 from minivllm.model_config import ModelConfig
 from minivllm.runner.model_runner import ModelRunner, PendingStep
+from minivllm.runner.shared_masks import SharedMasks
 
 ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",  # all workers are on this host
@@ -89,11 +90,15 @@ class WorkersExecutor:
         size = config.tensor_parallel_size
         self._answers: list[deque[Any]] = [deque() for _ in range(size)]  # that nobody has waited for yet
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # chooses a free port
+        assert config.max_num_seqs is not None
+        masks = SharedMasks(config.max_num_seqs, model_config.vocab_size)
+        self._masks, self._turn = masks.array, 0
         try:
-            for _ in range(size):
-                process, connection = start_process("minivllm.runner.worker", ENVIRONMENT)
-                self._processes.append(process)
-                self._connections.append(connection)
+            with masks.file as file:
+                for _ in range(size):
+                    process, connection = start_process("minivllm.runner.worker", ENVIRONMENT, [file.fileno()])
+                    self._processes.append(process)
+                    self._connections.append(connection)
             for rank, connection in enumerate(self._connections):
                 connection.send((config, model_config, weights, rank, self._store.port))
             for rank in range(size):
@@ -111,14 +116,15 @@ class WorkersExecutor:
             raise WorkerError(self._lost)
         message = pickle.dumps(batch, pickle.HIGHEST_PROTOCOL)
         self._num_sent += 1
-        words = None
+        turn = None
         try:
             self._send(message)
             if batch.token_masks:
-                words = batch.token_masks.words()
+                batch.token_masks.words(self._masks[1 - self._turn])
+                turn = self._turn = 1 - self._turn
         finally:
             if batch.token_masks:  # the workers wait for them, even if there are none to be had
-                self._send(pickle.dumps(words, pickle.HIGHEST_PROTOCOL))
+                self._send(pickle.dumps(turn))
         return PendingResult(self, self._num_sent)
 
     def _send(self, message: bytes) -> None:

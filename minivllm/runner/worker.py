@@ -13,9 +13,11 @@ import queue
 import threading
 import traceback
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -24,13 +26,15 @@ from minivllm.model_config import ModelConfig
 from minivllm.parallel import SENT_ROWS, RowExchange, TensorParallel, open_inbox, see_each_other
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.runner.pending_step import PendingStep
+from minivllm.runner.shared_masks import SharedMasks
 
 START_SECONDS = 600  # a worker may load its share of the weights later than another
 
 
 class Worker:
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, masks_file: int) -> None:
         self._connection = connection
+        self._masks_file = masks_file
         self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._pending: queue.SimpleQueue[PendingStep] = queue.SimpleQueue()
         self._saying = threading.Lock()
@@ -41,6 +45,8 @@ class Worker:
         try:
             config, model_config, weights, rank, port = self._orders.get()
             config = _placed(config, rank)
+            assert config.max_num_seqs is not None
+            masks = SharedMasks(config.max_num_seqs, model_config.vocab_size, self._masks_file)
             tp = _join(config, model_config, rank, port)
             runner = ModelRunner(config, model_config, weights, tp)
             self._say(("done", None))
@@ -52,12 +58,17 @@ class Worker:
                 threading.Thread(target=self._answer, args=(config.device,), daemon=True).start()
             while True:
                 batch = self._orders.get()
-                batch.token_masks.receive = self._orders.get
+                batch.token_masks.receive = partial(self._masks_of_step, masks.array, len(batch.token_masks))
                 pending = runner.execute(batch)
                 if rank == 0:
                     self._pending.put(pending)
         except BaseException as error:
             self._say_failed(error)
+
+    def _masks_of_step(self, masks: np.ndarray, count: int) -> np.ndarray | None:
+        """Waits for word of where they are."""
+        turn = self._orders.get()
+        return None if turn is None else masks[turn, :count]
 
     def _answer(self, device: str) -> None:
         """Wait for steps, on a thread, while the next are launched already."""
@@ -90,9 +101,9 @@ class Worker:
             self._connection.send(message)
 
 
-def main(file_descriptor: int) -> None:
-    """What the process runs."""
-    Worker(Connection(file_descriptor)).run()
+def main(connection: int, masks_file: int) -> None:
+    """What the process runs, with these file descriptors."""
+    Worker(Connection(connection), masks_file).run()
 
 
 def _placed(config: EngineConfig, rank: int) -> EngineConfig:
