@@ -14,21 +14,29 @@ from minivllm.validation import check_int
 MODEL_DTYPES = ("float32", "float16", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
-# What a config.json leaves out because it is the default of its kind of model.
+# What a config.json leaves out because it is the default of its architecture.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "qwen2": dict(use_sliding_window=False, max_window_layers=28),
-    "qwen3": dict(use_sliding_window=False, max_window_layers=28, head_dim=128),
-    "phi3": dict(rms_norm_eps=1e-5),
-    "gemma2": dict(
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {},
+    "Qwen2ForCausalLM": dict(use_sliding_window=False, max_window_layers=28),
+    "Qwen3ForCausalLM": dict(use_sliding_window=False, max_window_layers=28, head_dim=128),
+    "Phi3ForCausalLM": dict(rms_norm_eps=1e-5),
+    "Gemma2ForCausalLM": dict(
         tie_word_embeddings=True, head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
         sliding_window=4096, sliding_window_pattern=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
         max_position_embeddings=8192,
     ),
-    "gemma3_text": dict(
+    "Gemma3ForCausalLM": dict(
         tie_word_embeddings=True, head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
-        sliding_window=4096, sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=1e4,
-        max_position_embeddings=131072,
+        sliding_window=4096, sliding_window_pattern=6, final_logit_softcapping=None, rope_theta=1e6,
+        rope_local_base_freq=1e4, max_position_embeddings=131072,
     ),
+}  # fmt: skip
+
+# Fields that mean nothing but to the architectures whose defaults name them.
+OWN_FIELDS = {
+    "hidden_activation", "query_pre_attn_scalar", "sliding_window_pattern", "rope_local_base_freq",
+    "attn_logit_softcapping", "final_logit_softcapping",
 }  # fmt: skip
 
 # Types of RoPE: the fields each must have, and those it may have.
@@ -48,6 +56,8 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+THETAS = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}  # in transformers 4
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -72,14 +82,16 @@ class RopeConfig:
     long_factor: tuple[float, ...] | None = None
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> RopeConfig:
-        """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4)."""
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        kind = "longrope" if kind == "su" else kind  # its name in early Phi-3 checkpoints
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise ValueError("RoPE settings that differ by layer are not supported")
-        if kind not in ROPE_FIELDS:
+    def from_hf(cls, settings: Mapping[str, Any], hf: Mapping[str, Any]) -> RopeConfig:
+        """From an entry of `_rope_by_layer`, and the config it is of."""
+        rope = dict(settings)
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind is None and rope.get("factor") is not None:
+            raise ValueError("RoPE settings with a factor must have a rope_type")
+        if kind in ("su", "yarn") and rope.get("short_factor"):
+            kind = "longrope"  # its names in early Phi-3 checkpoints
+        kind = "default" if kind is None else kind
+        if not isinstance(kind, str) or kind not in ROPE_FIELDS:
             raise ValueError(f"RoPE type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}")
         if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor")) not in (None, 1, 1.0):
             raise ValueError("partial_rotary_factor is not supported; only models that rotate whole heads are")
@@ -87,19 +99,27 @@ class RopeConfig:
         original = hf.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
         rope["original_max_position_embeddings"] = original
         if kind == "longrope" and original and rope.get("factor") is None:
+            _check_number("RoPE's original_max_position_embeddings", original)
             rope["factor"] = max_position_embeddings / original
         needed, optional = ROPE_FIELDS[kind]
         missing = [name for name in needed if rope.get(name) is None]
         if missing:
             raise ValueError(f"the config's {kind} RoPE settings lack {', '.join(missing)}")
-        values: dict[str, Any] = {name: rope.get(name) for name in (*needed, *optional)}
-        if values.get("factor") is not None:
-            _check_positive("RoPE's factor", values["factor"])
-        for name in ("short_factor", "long_factor"):
-            if values.get(name) is not None:
-                values[name] = tuple(values[name])
-        theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-        return cls(theta=theta, type=kind, max_position_embeddings=max_position_embeddings, **values)
+        values: dict[str, Any] = {name: rope[name] for name in (*needed, *optional) if rope.get(name) is not None}
+        for name, value in values.items():
+            if name in ("short_factor", "long_factor"):
+                if not isinstance(value, (list, tuple)):
+                    raise ValueError(f"RoPE's {name} must be a list of numbers, got {value!r}")
+                for one in value:
+                    _check_number(f"RoPE's {name}", one)
+                values[name] = tuple(value)
+            elif name != "truncate":
+                _check_number(f"RoPE's {name}", value, may_be_zero=name in optional)
+        if "truncate" in optional:
+            values["truncate"] = bool(rope.get("truncate", True))
+        theta = 10000.0 if rope.get("rope_theta") is None else rope["rope_theta"]
+        _check_number("config.json: rope_theta", theta)
+        return cls(theta=float(theta), type=kind, max_position_embeddings=max_position_embeddings, **values)
 
     @property
     def num_positions(self) -> int:
@@ -179,38 +199,41 @@ class ModelConfig:
 
         Raises ValueError for what would run wrongly: a missing field, quantized weights, an unsupported activation.
         """
-        absent = [name for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta") if hf.get(name) is None]
-        hf = {**DEFAULTS.get(hf.get("model_type", ""), {}), **{k: v for k, v in hf.items() if k not in absent}}
+        architecture = _architecture(hf)
+        defaults = DEFAULTS.get(architecture, {})
+        absent = {name for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta") if hf.get(name) is None}
+        absent |= OWN_FIELDS - defaults.keys()
+        hf = {**defaults, **{name: value for name, value in hf.items() if name not in absent}}
         _check_types(hf)
-        if hf.get("rope_parameters") and hf.get("rope_scaling"):
-            hf["rope_parameters"] = _scaled(hf["rope_parameters"], hf["rope_scaling"])
-        architectures = hf.get("architectures") or ["(none)"]
         quantization = hf.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", "unknown")
             raise ValueError(f"checkpoints quantized with {method!r} are not supported; use the unquantized model")
         missing = [name for name in SIZES if not hf.get(name)]
         if missing:
-            raise ValueError(f"config.json of a {architectures[0]} lacks {', '.join(missing)}")
+            raise ValueError(f"config.json of a {architecture} lacks {', '.join(missing)}")
         activation = hf.get("hidden_activation") or hf.get("hidden_act", "silu")
         if activation not in ACTIVATIONS:
             raise ValueError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-        if hf.get("use_bidirectional_attention"):
-            raise ValueError("use_bidirectional_attention is not supported; models that need it are not")
+        if hf.get("use_bidirectional_attention") or hf.get("is_causal") is False:
+            raise ValueError("attention to later tokens (use_bidirectional_attention, is_causal) is not supported")
         heads = hf["num_attention_heads"]
         kv_heads = hf.get("num_key_value_heads") or heads
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
         if not hf.get("head_dim") and hf["hidden_size"] % heads:
             raise ValueError(f"hidden_size ({hf['hidden_size']}) is no multiple of num_attention_heads ({heads})")
+        head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+        if head_dim % 2:
+            raise ValueError(f"head_dim ({head_dim}) must be even: RoPE rotates pairs of dimensions")
         rope, local_rope = _ropes(hf)
         scalar = hf.get("query_pre_attn_scalar")
         dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         return cls(
-            architecture=architectures[0],
+            architecture=architecture,
             **{name: hf[name] for name in SIZES},
             num_key_value_heads=kv_heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+            head_dim=head_dim,
             max_position_embeddings=rope.num_positions,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             rope=rope,
@@ -231,33 +254,64 @@ class ModelConfig:
         )
 
 
+def _architecture(hf: Mapping[str, Any]) -> str:
+    """The first of `architectures`, which must not be another one than `model_type` says."""
+    names, model_type = hf.get("architectures") or ["(none)"], str(hf.get("model_type"))
+    if not isinstance(names, (list, tuple)) or not isinstance(names[0], str):
+        raise ValueError(f"config.json: architectures must be a list of names, got {names!r}")
+    said = [name for name in DEFAULTS if name.removesuffix("ForCausalLM").lower() == model_type.removesuffix("_text")]
+    if said and names[0] in DEFAULTS and names[0] not in said:
+        raise ValueError(f"config.json: architectures ({names[0]}) and model_type ({model_type!r}) do not agree")
+    return names[0]
+
+
+def _rope_by_layer(hf: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """RoPE settings as transformers 5 writes those that differ by layer, from a config of transformers 4 or 5: of
+    "full_attention", which layers without a window have, and others too if there is no "sliding_attention"."""
+    given, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    for name, value in (("rope_parameters", given), ("rope_scaling", scaling)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"config.json: {name} must be an object, got {value!r}")
+    layers = {kind: dict(settings) for kind, settings in given.items() if isinstance(settings, Mapping)}
+    if layers and (len(layers) < len(given) or not layers.keys() <= LAYER_TYPES):
+        raise ValueError(f"RoPE settings that differ by layer must be of {' and '.join(sorted(LAYER_TYPES))} alone")
+    layers = layers or {"full_attention": dict(given)}
+    if scaling:
+        layers["full_attention"] = _scaled(layers.get("full_attention", {}), scaling)
+    for kind, name in THETAS.items():
+        if hf.get(name) is not None:
+            layers.setdefault(kind, {}).setdefault("rope_theta", hf[name])
+    return layers
+
+
+def _scaled(rope: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings `new` in place of `rope`, of which they keep what no scaling changes."""
+    return {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope} | dict(new)
+
+
 def _ropes(hf: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
-    """That of the layers, and that of those with a sliding window if it is another."""
-    by_type = hf.get("rope_parameters") or {}
-    if by_type.keys() == {"full_attention", "sliding_attention"}:  # transformers 5
-        theta = hf.get("rope_local_base_freq", hf.get("rope_theta", 10000.0))
-        full, local = ({**hf, "rope_parameters": by_type[kind]} for kind in ("full_attention", "sliding_attention"))
-        return RopeConfig.from_hf(full), RopeConfig.from_hf(local | {"rope_theta": theta})
-    rope = RopeConfig.from_hf(hf)
-    theta = None if by_type else hf.get("rope_local_base_freq")  # transformers 4
-    return rope, None if theta is None else RopeConfig(theta=float(theta))
+    """That of the layers, and that of those with a sliding window if they have their own."""
+    layers = _rope_by_layer(hf)
+    local = layers.get("sliding_attention")
+    rope = RopeConfig.from_hf(layers.get("full_attention", {}), hf)
+    return rope, None if local is None else RopeConfig.from_hf(local, hf)
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+def _check_number(name: str, value: Any, may_be_zero: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (value > 0 or (may_be_zero and value == 0)):
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def _check_types(hf: Mapping[str, Any]) -> None:
-    for name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+    for name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
         if hf.get(name) is not None:
-            check_int(f"config.json: {name}", hf[name], 1)
-    for name in ("rms_norm_eps", "rope_theta"):
+            check_int(f"config.json: {name}", hf[name], 0 if name == "sliding_window" else 1)
+    for name in ("rms_norm_eps", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         if hf.get(name) is not None:
-            _check_positive(f"config.json: {name}", hf[name])
-    for name in ("rope_scaling", "rope_parameters", "quantization_config"):
-        if not isinstance(hf.get(name), (Mapping, type(None))):
-            raise ValueError(f"config.json: {name} must be an object, got {hf[name]!r}")
+            _check_number(f"config.json: {name}", hf[name])
+    if not isinstance(hf.get("quantization_config"), (Mapping, type(None))):
+        raise ValueError(f"config.json: quantization_config must be an object, got {hf['quantization_config']!r}")
 
 
 def _sliding_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -271,34 +325,36 @@ def _sliding_windows(hf: Mapping[str, Any]) -> tuple[int | None, ...]:
     if types is None:
         first = hf.get("max_window_layers", 0)
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    if not isinstance(types, (list, tuple)) or len(types) != num_layers or not LAYER_TYPES.issuperset(types):
+        known = " or ".join(sorted(LAYER_TYPES))
+        raise ValueError(f"config.json: layer_types must be {known} for each of the {num_layers} layers, got {types!r}")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def _token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """`eos_token_id` may be absent, one id or a list of them."""
     value = config.get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _scaled(rope: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` with the scaling of `rope_scaling`: as in transformers 5, of the layers without a window."""
-    if "full_attention" in rope:
-        return {**rope, "full_attention": _scaled(rope["full_attention"], scaling)}
-    return {name: value for name, value in rope.items() if name == "rope_theta"} | dict(scaling)
+    ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    for one in ids:
+        check_int("eos_token_id", one, 0)
+    return tuple(ids)
 
 
 def override(hf: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with `changes`.  RoPE settings may have the names of transformers 4 or 5, whichever it has."""
+    """A config.json with `changes`.  RoPE settings may have the names of transformers 4 or 5, whichever it has; a
+    scaling is of all layers but those that have their own."""
     if not isinstance(changes, Mapping):
         raise ValueError(f"hf_overrides must be a dict of entries of config.json, got {changes!r}")
     config = {**hf, **changes}
-    rope, new = hf.get("rope_parameters") or {}, changes.get("rope_parameters")
-    if new is None and rope and "rope_theta" in changes:
-        config["rope_parameters"] = {**rope, "rope_theta": changes["rope_theta"]}
-    if isinstance(new, Mapping) and "rope_theta" in rope and not any(isinstance(one, Mapping) for one in new.values()):
-        config["rope_parameters"] = _scaled(rope, new)
-    if "rope_scaling" in changes:  # None takes a scaling away
-        config["rope_scaling"] = changes["rope_scaling"] or {"rope_type": "default"}
-    return config
+    names = {"rope_parameters", "rope_scaling", *THETAS.values()}
+    if names.isdisjoint(changes):
+        return config
+    layers = _rope_by_layer(hf)
+    for kind, name in THETAS.items():
+        if changes.get(name) is not None:
+            layers.setdefault(kind, {})["rope_theta"] = changes[name]
+    for name in ("rope_parameters", "rope_scaling"):
+        if name in changes:  # None takes a scaling away
+            new = _rope_by_layer({"rope_parameters": changes[name] or {"rope_type": "default"}})
+            layers |= {kind: _scaled(layers.get(kind, {}), settings) for kind, settings in new.items()}
+    return {name: value for name, value in config.items() if name not in names} | {"rope_parameters": layers}

@@ -412,6 +412,7 @@ YARN = dict(rope_type="yarn", factor=4.0)
         (dict(YARN, original_max_position_embeddings=32, beta_fast=2.0, beta_slow=0.1), 4 * 32, None),
         (dict(YARN, original_max_position_embeddings=32, truncate=False, attention_factor=0.7), 4 * 32, None),
         (dict(YARN, mscale=0.8, mscale_all_dim=1.3, beta_fast=1.0, beta_slow=1.0), 4 * 64, None),
+        (dict(YARN, truncate=None), 4 * 64, None),
         (dict(rope_type="longrope", short_factor=FACTORS, long_factor=FACTORS[::-1]), 16, 16),
         (dict(rope_type="longrope", short_factor=FACTORS, long_factor=FACTORS[::-1]), 64, 64),
         (dict(rope_type="longrope", short_factor=FACTORS, long_factor=FACTORS[::-1], attention_factor=1.2), 64, 64),
@@ -456,7 +457,12 @@ def test_rope_tables(rope, num_positions, hf_length, written_by):
             "longrope RoPE settings lack",
         ),
         (dict(partial_rotary_factor=0.75), "partial_rotary_factor"),
-        (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "RoPE settings that differ by layer"),
+        (
+            dict(rope_parameters=dict(full_attention={}, chunked_attention={})),
+            "RoPE settings that differ by layer must",
+        ),
+        (dict(rope_parameters=dict(full_attention={}, rope_theta=7.0)), "RoPE settings that differ by layer must"),
+        (dict(rope_scaling=dict(factor=2.0)), "settings with a factor must have a rope_type"),
     ],
     ids=str,
 )
@@ -515,6 +521,8 @@ def test_gguf_rope_scaling(tmp_path):
     linear = [("add_rope_scaling_type", RopeScalingType.LINEAR), ("add_rope_scaling_factor", 4.0)]
     config = GGUFSource(write_gguf(tmp_path / "linear.gguf", tensors, keys=linear)).config
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    unscaled = [("add_rope_scaling_type", RopeScalingType.NONE), ("add_rope_scaling_factor", 4.0)]
+    assert GGUFSource(write_gguf(tmp_path / "none.gguf", tensors, keys=unscaled)).config["rope_scaling"] is None
 
     llama3 = {
         "rope_type": "llama3",
@@ -546,6 +554,8 @@ def test_gguf_rope_scaling(tmp_path):
         ({"keys": [("add_sliding_window", 64)]}, "sliding_window=64"),
         ({"keys": [("add_rope_dimension_count", 4)]}, "head sizes"),
         ({"keys": [("add_string", "llama.rope.scaling.type", "yarn")]}, "RoPE scaling 'yarn'"),
+        ({"keys": [("add_causal_attention", False)]}, "attention.causal=False"),
+        ({"keys": [("add_float32", "llama.rope.scaling.attn_factor", 2.0)]}, "rope.scaling.attn_factor=2.0"),
         ({"keys": [("add_uint16", "split.count", 2)]}, "one part of a split model"),
         ({"extra": [("blk.0.attn_sinks.weight", np.ones(4, np.float32))]}, "blk.0.attn_sinks.weight has no place"),
     ],
@@ -1009,8 +1019,64 @@ def test_what_is_said_twice_or_left_out():
     assert config.rope.original_max_position_embeddings == 16, "as in transformers"
     config = ModelConfig.from_hf(llama | dict(rms_norm_eps=None, rope_theta=None, max_position_embeddings=None))
     assert (config.rms_norm_eps, config.rope.theta, config.max_position_embeddings) == (1e-6, 1e4, 2048)
-    assert ModelConfig.from_hf(llama | dict(model_type="phi3")).rms_norm_eps == 1e-5
-    assert ModelConfig.from_hf(llama | dict(model_type="qwen3")).head_dim == 128
+    assert ModelConfig.from_hf(SHAPE | dict(architectures=["Phi3ForCausalLM"])).rms_norm_eps == 1e-5
+    assert ModelConfig.from_hf(SHAPE | dict(architectures=["Qwen3ForCausalLM"])).head_dim == 128
+    assert ModelConfig.from_hf(llama | dict(model_type="yi")).architecture == "LlamaForCausalLM"
+
+
+def test_fields_of_other_architectures():
+    """As in transformers, they mean nothing."""
+    caps = dict(attn_logit_softcapping=5.0, final_logit_softcapping=6.0, query_pre_attn_scalar=7)
+    caps |= dict(hidden_activation="gelu_pytorch_tanh", rope_local_base_freq=3.0)
+    plain = SHAPE | dict(architectures=["LlamaForCausalLM"])
+    assert ModelConfig.from_hf(plain | caps) == ModelConfig.from_hf(plain)
+    gemma = ModelConfig.from_hf(SHAPE | dict(architectures=["Gemma3ForCausalLM"]) | caps)
+    assert (gemma.attention_cap, gemma.logit_cap, gemma.attention_scale, gemma.local_rope.theta) == (
+        None, 6.0, 7**-0.5, 3.0,
+    )  # fmt: skip
+
+
+FLAT = dict(rope_type="linear", factor=8.0)
+BY_LAYER = dict(full_attention=YARN | dict(rope_theta=500.0), sliding_attention=dict(rope_theta=60.0))
+OLD = dict(rope_theta=500.0, rope_local_base_freq=60.0, rope_scaling=YARN)
+
+
+@pytest.mark.parametrize("written", [dict(rope_parameters=BY_LAYER), OLD], ids=["5", "4"])
+@pytest.mark.parametrize(
+    ("changes", "full", "local"),  # type, factor, theta
+    [
+        (dict(rope_parameters=FLAT), ("linear", 8.0, 500.0), ("default", None, 60.0)),
+        (dict(rope_scaling=FLAT), ("linear", 8.0, 500.0), ("default", None, 60.0)),
+        (dict(rope_scaling=None), ("default", None, 500.0), ("default", None, 60.0)),
+        (dict(rope_parameters=dict(FLAT, rope_theta=9.0)), ("linear", 8.0, 9.0), ("default", None, 60.0)),
+        (dict(rope_parameters=FLAT, rope_theta=9.0), ("linear", 8.0, 9.0), ("default", None, 60.0)),
+        (dict(rope_parameters=dict(sliding_attention=FLAT)), ("yarn", 4.0, 500.0), ("linear", 8.0, 60.0)),
+        (dict(rope_parameters=dict(full_attention=FLAT)), ("linear", 8.0, 500.0), ("default", None, 60.0)),
+        (dict(rope_theta=77.0), ("yarn", 4.0, 77.0), ("default", None, 60.0)),
+        (dict(rope_local_base_freq=9.0), ("yarn", 4.0, 500.0), ("default", None, 9.0)),
+    ],
+    ids=str,
+)
+def test_rope_overrides(written, changes, full, local):
+    """Whichever names the config and the changes have, and of which layers."""
+    hf = dict(SHAPE, architectures=["Gemma3ForCausalLM"], model_type="gemma3_text") | written
+    config = ModelConfig.from_hf(override(hf, changes))
+    assert (config.rope.type, config.rope.factor, config.rope.theta) == full
+    assert (config.local_rope.type, config.local_rope.factor, config.local_rope.theta) == local
+
+
+def test_overrides_keep_what_is_refused():
+    hf = dict(SHAPE, architectures=["Phi3ForCausalLM"], rope_parameters=dict(rope_theta=9.0, partial_rotary_factor=0.5))
+    for changes in ({}, dict(rope_scaling=None), dict(rope_parameters=FLAT)):
+        with pytest.raises(ValueError, match="partial_rotary_factor"):
+            ModelConfig.from_hf(override(hf, changes))
+
+
+def test_old_names_of_longrope():
+    factors = dict(short_factor=[1.0] * 8, long_factor=[2.0] * 8)
+    for name in ("su", "yarn", "longrope"):
+        hf = SHAPE | dict(original_max_position_embeddings=1024, rope_scaling=dict(factors, type=name))
+        assert ModelConfig.from_hf(hf).rope.type == "longrope"
 
 
 @pytest.mark.parametrize(
@@ -1024,6 +1090,37 @@ def test_what_is_said_twice_or_left_out():
         (dict(quantization_config="fp8"), "config.json: quantization_config must be an object"),
         (dict(rope_scaling=dict(type="linear", factor="4")), "RoPE's factor must be a positive number"),
         (dict(rope_scaling=dict(type="linear", factor=0)), "RoPE's factor must be a positive number"),
+        (dict(rope_scaling=dict(YARN, beta_fast="1")), "RoPE's beta_fast must be a positive number"),
+        (dict(rope_scaling=dict(YARN, original_max_position_embeddings=[])), "RoPE's original_max_position_embeddings"),
+        (dict(rope_scaling=dict(type=[])), r"RoPE type \[\] is not supported"),
+        (
+            dict(
+                rope_scaling=dict(type="longrope", factor=2.0, short_factor=1.0, long_factor=[1.0]),
+                original_max_position_embeddings=16,
+            ),
+            "RoPE's short_factor must be a list of numbers",
+        ),
+        (
+            dict(
+                rope_scaling=dict(type="longrope", factor=2.0, short_factor=[1.0], long_factor=["1"]),
+                original_max_position_embeddings=16,
+            ),
+            "RoPE's long_factor must be a positive number",
+        ),
+        (dict(rope_parameters=dict(rope_theta="7")), "rope_theta must be a positive number"),
+        (dict(sliding_window="20"), "config.json: sliding_window must be an integer"),
+        (dict(sliding_window=20, layer_types=["full_attention"]), "layer_types must be full_attention"),
+        (
+            dict(sliding_window=20, layer_types=["chunked_attention"] * 6),
+            "layer_types must be full_attention or sliding",
+        ),
+        (dict(head_dim=15), r"head_dim \(15\) must be even"),
+        (dict(is_causal=False), "attention to later tokens"),
+        (dict(architectures=1), "architectures must be a list of names"),
+        (dict(model_type="mistral"), "do not agree"),
+        (dict(eos_token_id={}), "eos_token_id must be an integer"),
+        (dict(eos_token_id=[[1]]), "eos_token_id must be an integer"),
+        (dict(eos_token_id="2"), "eos_token_id must be an integer"),
     ],
     ids=str,
 )

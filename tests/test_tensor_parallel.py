@@ -89,6 +89,14 @@ def test_same_tokens(tiny, greedy, name, size):
         assert [row[0] for row in tokens(again)] == expected and any(output.num_cached_tokens for output in again)
 
 
+def test_workers_without_logits(tiny):
+    """Of a vocabulary of 5 tokens the first three of four workers have two, two and one."""
+    options = OPTIONS | dict(load_format="dummy", hf_overrides=dict(vocab_size=5))
+    with LLM(tiny("mha"), tensor_parallel_size=4, **options) as llm:
+        (found,) = tokens(llm.generate([1, 2, 3], GREEDY, use_tqdm=False))[0]
+    assert len(found) == 20 and set(found) <= set(range(5))
+
+
 @pytest.mark.parametrize("num_tokens", [8, 100, 2048, 2100, 5001, 8192, 131_072])
 def test_graphs_of_large_steps_are_for_many_workers_and_few(num_tokens):
     for size in (1, 2, 3, 4):

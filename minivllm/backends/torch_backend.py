@@ -33,7 +33,8 @@ class TorchPlan:
 class TorchBackend(Backend):
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         # oneDNN on a weight in its own layout runs these products 2 to 4 times as fast as F.linear, which takes BLAS.
-        if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        can_reorder = torch.backends.mkldnn.is_available() and weight.numel() > 0
+        if weight.is_cuda or weight.dtype != torch.float32 or not can_reorder:
             return weight
         return torch.ops.mkldnn._reorder_linear_weight(weight)
 

@@ -63,7 +63,7 @@ def _yarn(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[torch.Te
         return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
-    if rope.truncate is not False:
+    if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (torch.arange(head_dim // 2).float() - low) / ((high - low) or 0.001)

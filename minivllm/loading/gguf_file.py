@@ -51,9 +51,12 @@ _ARCHITECTURES = {
 
 # RoPE tables: the frequencies follow from the config, which `_rope_scaling` checks.
 _UNUSED_TENSORS = ("rope_freqs", "attn_rot_embd")
-# Metadata that would change the computation, when it is there and not zero.
-_REFUSED_KEYS = ["expert_count", "logit_scale", "embedding_scale", "residual_scale"]
-_REFUSED_KEYS += [f"attention.{key}" for key in ("scale", "sliding_window", "clamp_kqv", "max_alibi_bias")]
+# Metadata that changes the computation, unless it has these values.
+_HARMLESS: dict[str, Any] = {
+    "expert_count": 0, "logit_scale": 0, "embedding_scale": 0, "residual_scale": 0, "attention.scale": 0,
+    "attention.sliding_window": 0, "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0, "attention.causal": True,
+    "rope.scaling.attn_factor": 1,
+}  # fmt: skip
 
 
 class GGUFSource:
@@ -193,8 +196,8 @@ def _config(reader: Any, architecture: _Architecture, path: Path) -> dict[str, A
         # Shortest decimal: 1e-5 rather than the float32 next to it, as in the model's own config.json.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    for key in _REFUSED_KEYS:
-        if get(key, 0):
+    for key, harmless in _HARMLESS.items():
+        if get(key, harmless) != harmless:
             raise ValueError(f"{path}: {key}={get(key)} is not supported for {architecture.hf_class}")
     shapes = {tensor.name: tensor.shape.tolist()[::-1] for tensor in reader.tensors}
     if "token_embd.weight" not in shapes:
@@ -235,7 +238,8 @@ def _rope_scaling(
     reader: Any, get: Callable[..., Any], theta: float, head_dim: int, path: Path
 ) -> dict[str, Any] | None:
     """RoPE scaling of the metadata (linear), or of the table of factors that Llama 3.1 and later carry (llama3)."""
-    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", get("rope.scale_linear", 1.0))
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 1.0))
+    kind = get("rope.scaling.type", "linear")  # "none": whatever the factor is
     tables = [tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"]
     if kind not in ("none", "linear") or (tables and kind == "linear" and factor != 1):
         raise ValueError(f"{path}: RoPE scaling {kind!r} is not supported")
@@ -249,7 +253,7 @@ def _rope_scaling(
             raise ValueError(f"{path}: the factors in rope_freqs.weight are not those of Llama 3; not supported")
         scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
         return scaling | {"original_max_position_embeddings": original}
-    return None if factor in (0, 1) else {"rope_type": "linear", "factor": factor}
+    return None if kind == "none" or factor in (0, 1) else {"rope_type": "linear", "factor": factor}
 
 
 def _deinterleave(data: np.ndarray, num_heads: int) -> np.ndarray:
