@@ -7,6 +7,7 @@ print(LLM().generate("The capital of France is", SamplingParams(temperature=0))[
 from typing import TYPE_CHECKING, Any
 
 from minivllm.beam_search import BeamSearchParams
+from minivllm.inputs import PromptType, TextPrompt, TokensPrompt
 from minivllm.outputs import CompletionOutput, FlatLogprobs, Logprob, RequestMetrics, RequestOutput
 from minivllm.sampling_params import (
     RepetitionDetectionParams,
@@ -27,12 +28,15 @@ __all__ = [
     "CompletionOutput",
     "FlatLogprobs",
     "Logprob",
+    "PromptType",
     "RepetitionDetectionParams",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 

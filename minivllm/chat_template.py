@@ -37,24 +37,22 @@ def render(
 
     chat_template: in place of the tokenizer's own.
     continue_final_message: leave the last message open, for the model to go on with.
-    tools: descriptions of functions (JSON schema), handed to the template, as chat_template_kwargs are.
+    tools: descriptions of functions (JSON schema), handed to the template, as chat_template_kwargs are, in which the
+    other two may be too.
     """
-    if continue_final_message and add_generation_prompt:
+    own = dict(chat_template=chat_template, tools=None if tools is None else list(tools), tokenize=False)
+    given = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+    given |= chat_template_kwargs or {}
+    if taken := own.keys() & given.keys():
+        raise ValueError(f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be given to the chat template so")
+    if given["continue_final_message"] and given["add_generation_prompt"]:
         raise ValueError(
             "continue_final_message goes on with the last message; set add_generation_prompt=False with it"
         )
     if not (chat_template or tokenizer.chat_template):
         raise ValueError("the tokenizer has no chat template; give one as chat_template, or use generate")
     try:
-        return tokenizer.apply_chat_template(
-            [_checked(message) for message in messages],
-            chat_template=chat_template,
-            tools=None if tools is None else list(tools),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **(chat_template_kwargs or {}),
-        )
+        return tokenizer.apply_chat_template([_checked(message) for message in messages], **own, **given)
     except ValueError:
         raise
     except Exception as error:  # whatever a template comes to

@@ -5,9 +5,11 @@ Not multiprocessing: that would import the caller's main module once more.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +44,12 @@ def start_process(
             stdin=subprocess.DEVNULL,
         )
     return process, Connection(ours.detach())
+
+
+def set_write_timeout(connection: Connection, seconds: float) -> None:
+    """Let sending raise BlockingIOError when the other end does not read for so long."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(seconds), 0))
 
 
 def check_importable(name: str, functions: Iterable[Callable[..., object]]) -> None:

@@ -6,13 +6,28 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, Required, TypedDict
 
 from minivllm.chat_template import Message, is_conversation, load_template, render
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.validation import check_text
 
-Prompt = str | list[int] | dict[str, Any]
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids; `prompt`: its text, to be found in the output."""
+
+    prompt_token_ids: Required[list[int]]
+    prompt: NotRequired[str]
+
+
+Prompt = str | list[int] | dict[str, Any] | TextPrompt | TokensPrompt
+PromptType = Prompt  # vLLM's name
 # Entries of a generation config that a model may recommend, and the fields of SamplingParams they are.
 RECOMMENDED = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")} | {
     "max_new_tokens": "max_tokens"
@@ -71,6 +86,7 @@ class InputProcessor:
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
         )
+        check_text("messages", text)
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
         return {"prompt": text, "prompt_token_ids": ids}
 

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., tqdm[Any]] = True,
         **more: Any,
     ) -> list[RequestOutput]:
         """Complete the prompts, all at once; one output a prompt, in their order.
@@ -102,6 +103,7 @@ class LLM:
 
         prompts: one or a list of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
         sampling_params: one for all, or one a prompt; None: the model's defaults (`get_default_sampling_params`).
+        use_tqdm: show progress; or what makes the bar, called as tqdm is.
         more: vLLM's other arguments, as long as they ask for nothing (lora_request=None).
 
         Raises ValueError for wrong input before any request is started, and for one of `logits_processors` that fails;
@@ -110,10 +112,8 @@ class LLM:
         take_options(more, "generate", NOT_SUPPORTED)
         requests = self._check_requests(prompts, sampling_params, RequestOutputKind.FINAL_ONLY)
         done: list[RequestOutput] = []
-        with (
-            heap_left_alone(),
-            tqdm(total=len(requests), desc="Processed prompts", unit="req", disable=not use_tqdm) as bar,
-        ):
+        make_bar = use_tqdm if callable(use_tqdm) else partial(tqdm, disable=not use_tqdm)
+        with heap_left_alone(), make_bar(total=len(requests), desc="Processed prompts", unit="req") as bar:
             start = time.monotonic()
             num_in = num_out = 0
             for output in self._run(requests, longest_first=True):
@@ -142,7 +142,7 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., tqdm[Any]] = True,
         **options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, written with the model's chat template.

@@ -216,7 +216,7 @@ class ModelConfig:
         if activation not in ACTIVATIONS:
             raise ValueError(f"hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
         if hf.get("use_bidirectional_attention") or hf.get("is_causal") is False:
-            raise ValueError("attention to later tokens (use_bidirectional_attention, is_causal) is not supported")
+            raise ValueError("attention to later tokens is not supported: use_bidirectional_attention, is_causal=False")
         heads = hf["num_attention_heads"]
         kv_heads = hf.get("num_key_value_heads") or heads
         if heads % kv_heads:

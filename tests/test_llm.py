@@ -377,7 +377,7 @@ def test_kernels_need_a_gpu_or_the_interpreter(tiny, monkeypatch):
         (dict(rope_parameters=dict(rope_type="llama3", factor=2.0)), "llama3 RoPE settings lack low_freq_factor"),
         (dict(quantization_config=dict(quant_method="awq")), "quantized with 'awq' are not supported"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-        (dict(use_bidirectional_attention=True), "use_bidirectional_attention is not supported"),
+        (dict(use_bidirectional_attention=True), "attention to later tokens is not supported"),
         (dict(vocab_size=None), "lacks vocab_size"),
         (dict(num_key_value_heads=3), "must be a multiple of num_key_value_heads"),
         (dict(num_hidden_layers=2), "model.layers.2"),  # tensors that would go unused
@@ -553,6 +553,20 @@ def test_no_delta_ends_inside_a_character(embedded_llm, prompt, size):
     assert "".join(deltas) == WORLD and not any("\ufffd" in delta for delta in deltas)
     if size == 1:
         assert 20 < sum(delta != "" for delta in deltas) < len(token_ids), "text comes as soon as it is whole"
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+@pytest.mark.parametrize("text", ["hello 😀", "hello 日本", "日本", "世界 😀"])
+def test_a_character_that_begins_in_the_prompt_is_the_output_s(embedded_llm, text, size):
+    tokenizer = embedded_llm.get_tokenizer()
+    ids = tokenizer(text).input_ids
+    for cut in range(1, len(ids)):
+        whole = [n for n in range(cut + 1) if not tokenizer.decode(ids[:n]).endswith("\ufffd")][-1]
+        deltas = detokenize(tokenizer, ids[:cut], ids[cut:], lambda: size)
+        assert "".join(deltas) == tokenizer.decode(ids)[len(tokenizer.decode(ids[:whole])) :]
+    other = tokenizer("abc").input_ids
+    for given in (other, []):  # which does not go on with the character
+        assert "".join(detokenize(tokenizer, ids[:-1], given, lambda: size)) == tokenizer.decode(given)
 
 
 def test_text_cut_inside_a_character_is_given_at_the_end(embedded_llm):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import TINY_VOCAB
+from tqdm import tqdm
 
-from minivllm import LLM, BeamSearchParams, SamplingParams
+from minivllm import LLM, BeamSearchParams, SamplingParams, TextPrompt, TokensPrompt
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -28,6 +29,7 @@ def llm(embedded):
         (dict(add_generation_prompt=False), "<user>Hi</>"),
         (dict(tools=TOOLS), "[weather]<user>Hi</><assistant>"),
         (dict(chat_template_kwargs=dict(mood="merry ")), "merry <user>Hi</><assistant>"),
+        (dict(chat_template_kwargs=dict(add_generation_prompt=False)), "<user>Hi</>"),
     ],
     ids=str,
 )
@@ -35,6 +37,29 @@ def test_what_goes_to_the_template(llm, options, text):
     prompt = llm.preprocess_chat([{"role": "user", "content": "Hi"}], chat_template=TEMPLATE, **options)
     assert prompt["prompt"] == text
     assert llm.get_tokenizer().decode(prompt["prompt_token_ids"]) == text
+
+
+def test_the_bar_is_what_use_tqdm_makes(llm):
+    made = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            made.append(self)
+            super().__init__(**options, disable=True)
+
+    prompts = [TokensPrompt(prompt_token_ids=[5, 6], prompt="x"), TextPrompt(prompt="a")]
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=Bar)
+    assert [output.prompt for output in outputs] == ["x", "a"] and outputs[0].prompt_token_ids == [5, 6]
+    llm.chat(MESSAGES, SamplingParams(max_tokens=1), use_tqdm=Bar)
+    assert [bar.total for bar in made] == [2, 1]
+
+
+def test_ends_that_the_model_has_no_logits_for(tiny):
+    """As where a tokenizer has more tokens than the model."""
+    params = SamplingParams(max_tokens=4, min_tokens=3)
+    ends = dict(eos_token_id=[2, 5000])
+    with LLM(tiny("mha"), skip_tokenizer_init=True, device="cpu", hf_overrides=ends) as llm:
+        assert len(llm.generate([5], params, use_tqdm=False)[0].outputs[0].token_ids) >= 3
 
 
 def test_a_template_of_one_s_own(embedded, tmp_path):
@@ -71,6 +96,9 @@ def test_parts_of_text_and_messages_without_content(llm):
     [
         (MESSAGES, dict(continue_final_message=True), "set add_generation_prompt=False"),
         (MESSAGES, dict(chat_template="no-such-file"), "neither a Jinja template nor a file"),
+        (MESSAGES, dict(chat_template_kwargs=dict(chat_template="x")), "chat_template_kwargs: chat_template cannot"),
+        (MESSAGES, dict(chat_template_kwargs=dict(continue_final_message=True)), "set add_generation_prompt=False"),
+        ([{"role": "user", "content": "\ud800"}], {}, "half a surrogate pair"),
         (MESSAGES, dict(chat_template=7), "chat_template must be"),
         (MESSAGES, dict(chat_template="{{ raise_exception('no system') }}"), "cannot render these messages: no system"),
         (MESSAGES, dict(chat_template="{% for %}"), "cannot render"),

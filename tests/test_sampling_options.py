@@ -322,7 +322,13 @@ def test_bad_words(tiny, hugging_face, asynchronous):
         words = [" ".join(f"w{i}" for i in word) for word in ids]
         params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, bad_words=words, detokenize=False)
         spaced = [[word[0] + 50, *word[1:]] for word in ids]
-        assert llm.engine._bad_word_ids(params) == [word for pair in zip(ids, spaced, strict=True) for word in pair]
+        known = [word for pair in zip(ids, spaced, strict=True) for word in pair if max(word) < TINY_VOCAB]
+        assert llm.engine._bad_word_ids(params) == known != []
+        with pytest.raises(ValueError, match="bad_words leaves none of the allowed_token_ids"):
+            none_left = SamplingParams(bad_words=["w5", "w6"], allowed_token_ids=[5, 55])
+            llm.generate(PROMPTS[0], none_left, use_tqdm=False)
+        far = SamplingParams(temperature=0, max_tokens=9, bad_words=[f"w{TINY_VOCAB}", "w9"], detokenize=False)
+        assert llm.engine._bad_word_ids(far) == [[9], [59]] and llm.generate(PROMPTS[0], far, use_tqdm=False)
         found = run(llm, [*PROMPTS, PROMPTS[0]], [params] * len(PROMPTS) + [plain])
     expected = [reference(model, prompt, NUM_TOKENS, params, [*ids, *spaced]) for prompt in PROMPTS]
     assert found == [*expected, free[0]] and expected != free

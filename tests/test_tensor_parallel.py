@@ -262,6 +262,29 @@ def test_a_lost_worker_is_an_error_within_seconds(tiny, start_workers, fault, me
             llm.generate([1], GREEDY, use_tqdm=False)
 
 
+def test_a_worker_that_does_not_read_is_an_error_within_seconds(tiny):
+    """Of a step's message of more than a connection takes unread."""
+    options = OPTIONS | dict(max_num_batched_tokens=65536, distributed_timeout_seconds=2)
+    with LLM(tiny("mha"), tensor_parallel_size=2, **options) as llm:
+        llm.generate([1], GREEDY, use_tqdm=False)
+        processes = pids(llm)
+        os.kill(processes[1], signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(WorkerError, match="no worker has answered for 2 s"):
+            llm.generate([[i % 100] * 200 for i in range(1000)], GREEDY, use_tqdm=False)
+        assert time.monotonic() - start < 6 and are_gone(processes)
+
+
+def test_a_step_in_flight_when_the_workers_are_ended_is_an_error(tiny):
+    with LLM(tiny("mha"), tensor_parallel_size=2, async_scheduling=True, **OPTIONS) as llm:
+        engine = llm.engine
+        engine.add_request("a", [1, 2], GREEDY)
+        engine.step()
+        llm._executor.shutdown()
+        with pytest.raises(WorkerError, match="the executor was shut down"):
+            engine.step()
+
+
 def test_a_worker_that_hangs_while_it_gets_ready_is_an_error(tiny, start_workers, monkeypatch):
     processes = start_workers("ModelRunner.make_ready = lambda self: time.sleep(60)")
     monkeypatch.setattr(executor, "READY_SECONDS", 1)
@@ -283,10 +306,24 @@ def favour_a_far_one(token_ids, logits):
     return logits
 
 
-def test_what_a_function_changes_is_changed_for_all_workers(tiny):
-    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logits_processors=[favour_a_far_one])
+class Counter:
+    """Remembers how often it was called."""
+
+    count = 0
+
+    def __call__(self, token_ids, logits):
+        self.count += 1
+        logits[self.count] += 1000.0
+        return logits
+
+
+@pytest.mark.parametrize("function", [favour_a_far_one, Counter])
+def test_what_a_function_changes_is_changed_for_all_workers(tiny, function):
     found = []
     for size in (1, 2):
+        params = [SamplingParams(max_tokens=20, temperature=0, ignore_eos=True) for _ in PROMPTS]
+        for one in params:
+            one.logits_processors = [function() if function is Counter else function]
         with LLM(tiny("mha"), tensor_parallel_size=size, **OPTIONS) as llm:
             found.append(tokens(llm.generate(PROMPTS, params, use_tqdm=False)))
             plain = tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minivllm.engine.grammar import TokenMasks
-from minivllm.sampling_params import LogitsProcessor, SamplingParams
+from minivllm.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)
@@ -43,8 +43,8 @@ class ScheduledBatch:
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)  # slot, first column, block ids
     prompt_logprobs_rows: list[int] = field(default_factory=list)  # rows whose prompt tokens' logprobs are wanted
     token_masks: TokenMasks = field(default_factory=TokenMasks)  # by number in `sampled_rows`
-    # For some of `sampled_rows`, by their number there: functions to call on their logits, ids of prompt and output.
-    processors: list[tuple[int, list[LogitsProcessor], list[int], list[int]]] = field(default_factory=list)
+    # Those of `sampled_rows`, by their number there, that have logits_processors; and their ids of prompt and output.
+    processed: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
     # In a step of decodes only, for some rows: tokens that may follow theirs, to be computed too.  A token is sampled
     # after each.
     drafts: list[tuple[int, list[int]]] = field(default_factory=list)

@@ -46,8 +46,12 @@ class Detokenizer:
         while first > max(0, last - 3) and self._decode(list(prompt_token_ids[first:])).startswith("\ufffd"):
             first -= 1
         self._token_ids = list(prompt_token_ids[first:])  # the context, and those whose text is not out
-        self._num_context = len(self._token_ids)
-        self._context = self._decode(self._token_ids)  # its text
+        text, end = self._decode(self._token_ids), len(self._token_ids)
+        self._context, self._num_context = text, end  # the context's text
+        while self._context.endswith("\ufffd") and 0 < self._num_context > end - 3:
+            self._num_context -= 1  # a character that the prompt begins and does not end is the output's
+            self._context = self._decode(self._token_ids[: self._num_context])
+        self._torn = text[len(self._context) :]  # what there is of it: not to be shown if it stays so
 
     def append(self, token_ids: Sequence[int], finished: bool) -> str:
         """Take new tokens; returns the text they complete.  A character cut short is held back until `finished`."""
@@ -65,7 +69,8 @@ class Detokenizer:
             text = self._decode(self._token_ids[:end])
         if len(text) <= len(self._context):
             return ""
-        new = text[len(self._context) :]
+        new = text[len(self._context) :].removeprefix(self._torn)
+        self._torn = ""
         self.text += new
         if max(end - self._num_context, self._num_context) >= NUM_CONTEXT_TOKENS:
             del self._token_ids[: self._num_context]

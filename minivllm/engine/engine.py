@@ -64,7 +64,7 @@ class Engine:
             BlockManager(executor.num_blocks, config.block_size, config.enable_prefix_caching),
             config.max_num_seqs,
             config.max_num_batched_tokens,
-            eos_token_ids,
+            [token_id for token_id in eos_token_ids if token_id < model_config.vocab_size],
             model_config.longest_window,
             config.draft_limits,
         )
@@ -123,6 +123,8 @@ class Engine:
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self.tokenizer is None:
                 raise ValueError(f"{name} needs a tokenizer; leave skip_tokenizer_init=True out")
+        if allowed and {tuple(word) for word in self._bad_word_ids(params)} >= {(token_id,) for token_id in allowed}:
+            raise ValueError("bad_words leaves none of the allowed_token_ids to sample")
         if self.config.tensor_parallel_size > 1:
             check_importable("logits_processors", params.logits_processors or ())
         self.scheduler.check_fits(self._max_num_tokens(prompt_token_ids, params))
@@ -249,4 +251,5 @@ class Engine:
             found.append(plain)
             if spaced[0] != plain[0] and len(spaced) == len(plain):
                 found.append(spaced)
-        return found
+        # A tokenizer may know tokens that the model has no logits for.
+        return [word_ids for word_ids in found if max(word_ids) < self.model_config.vocab_size]

@@ -282,10 +282,9 @@ class Scheduler:
                 assert not (request.needs_tokens and request.num_in_flight), "the token before must be known"
                 if request.grammar is not None:
                     batch.token_masks.add(place, request.grammar)
-                if (functions := request.params.logits_processors) is not None:
+                if request.params.logits_processors is not None:
                     num_prompt = request.num_prompt_tokens
-                    tokens = request.token_ids[:num_prompt], request.token_ids[num_prompt:]
-                    batch.processors.append((place, functions, *tokens))
+                    batch.processed.append((place, request.token_ids[:num_prompt], request.token_ids[num_prompt:]))
                 batch.sampled_rows.append(row)
                 sampled.append(request)
             if request.params.num_prompt_logprobs is not None and num_before + 1 < request.num_prompt_tokens:

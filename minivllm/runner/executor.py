@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import TCPStore
 
-from minivllm.child_process import WorkerError, start_process
+from minivllm.child_process import WorkerError, set_write_timeout, start_process
 from minivllm.config import EngineConfig
 from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.loading.weights import WeightSource
@@ -99,6 +99,7 @@ class WorkersExecutor:
                     process, connection = start_process("minivllm.runner.worker", ENVIRONMENT, [file.fileno()])
                     self._processes.append(process)
                     self._connections.append(connection)
+                    set_write_timeout(connection, self._timeout)
             for rank, connection in enumerate(self._connections):
                 connection.send((config, model_config, weights, rank, self._store.port))
             for rank in range(size):
@@ -132,6 +133,8 @@ class WorkersExecutor:
         try:
             for connection in self._connections:
                 connection.send_bytes(message)
+        except BlockingIOError:
+            self._fail(reason=self._silence(self._timeout))
         except OSError:
             self._fail()
         except BaseException:
@@ -142,6 +145,8 @@ class WorkersExecutor:
         """Wait for a step.  What was found out by earlier ones, if nobody has waited for them, is dropped."""
         try:
             while self._num_answered < number:
+                if self._lost is not None:
+                    raise WorkerError(self._lost)
                 answer = self._answer(0, self._timeout)
                 self._num_answered += 1
         except BaseException:
@@ -156,6 +161,7 @@ class WorkersExecutor:
 
     def shutdown(self) -> None:
         """End the workers."""
+        self._lost = self._lost or "the executor was shut down"
         for connection in self._connections:
             connection.close()
         for process in self._processes:
@@ -171,7 +177,7 @@ class WorkersExecutor:
         while not self._answers[rank]:
             ready = wait(self._connections, None if deadline is None else max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._fail(reason=f"no worker has answered for {timeout:.0f} s (distributed_timeout_seconds)")
+                self._fail(reason=self._silence(timeout))
             for other, connection in enumerate(self._connections):
                 if connection in ready:
                     try:
@@ -182,6 +188,10 @@ class WorkersExecutor:
                         self._fail((other, *content))
                     self._answers[other].append(content)
         return self._answers[rank].popleft()
+
+    @staticmethod
+    def _silence(seconds: float | None) -> str:
+        return f"no worker has answered for {seconds:.0f} s (distributed_timeout_seconds)"
 
     def _fail(self, failure: Failure | None = None, reason: str | None = None) -> NoReturn:
         """End all workers and raise: `reason`, or what was the first to go wrong.  One that has ended cannot have said

@@ -72,9 +72,9 @@ def process_logits(
         index = _pairs([(i, list(bias)) for i, bias in biased], logits.device)
         logits[index] += to_device(values, logits.device)
     failed = {}
-    for i, functions, prompt_token_ids, output_token_ids in batch.processors:
+    for i, prompt_token_ids, output_token_ids in batch.processed:
         try:
-            for function in functions if tp.rank == 0 else ():
+            for function in slots.logits_processors[rows[i]] if tp.rank == 0 else ():
                 logits[i] = _call(function, prompt_token_ids, output_token_ids, logits[i].clone())
         except Exception as error:
             failed[i] = str(error)

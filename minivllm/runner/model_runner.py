@@ -172,7 +172,7 @@ class ModelRunner:
         more."""
         num_logprobs = self.slots.num_logprobs[rows]
         wants_logprobs = (num_logprobs >= 0).any()
-        processes = batch.token_masks or batch.processors or needs_processing(self.slots, rows, seq_lens)
+        processes = batch.token_masks or batch.processed or needs_processing(self.slots, rows, seq_lens)
         whole = self._whole(logits) if processes or wants_logprobs else logits
         failed: dict[int, str] = {}
         if processes:

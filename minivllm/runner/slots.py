@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from minivllm.engine.batch import ScheduledBatch
+from minivllm.sampling_params import LogitsProcessor
 
 
 class Slots:
@@ -35,6 +36,7 @@ class Slots:
         self.bad_word_ids: list[list[list[int]]] = [[]] * n
         self.allowed_token_ids: list[list[int] | None] = [None] * n
         self.logit_bias: list[dict[int, float] | None] = [None] * n
+        self.logits_processors: list[list[LogitsProcessor]] = [[]] * n
         self.remembers = np.zeros(n, bool)  # asks for what hangs on the tokens so far
         self.processes = np.zeros(n, bool)  # asks for more than the backend's own sampling
         self.num_logprobs = np.full(n, -1, np.int32)  # −1: none asked for
@@ -62,6 +64,7 @@ class Slots:
             self.repetition_penalty[slot], self.penalizes[slot] = params.repetition_penalty, params.penalizes
             self.bad_word_ids[slot] = request.bad_word_ids
             self.allowed_token_ids[slot], self.logit_bias[slot] = params.allowed_token_ids, params.logit_bias
+            self.logits_processors[slot] = params.logits_processors or []
             self.remembers[slot] = params.penalizes or bool(request.bad_word_ids)
             asks = params.allowed_token_ids is not None or bool(params.logit_bias)
             self.processes[slot] = params.truncates or self.remembers[slot] or asks
