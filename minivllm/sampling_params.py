@@ -83,7 +83,8 @@ class SamplingParams:
     allowed_token_ids: the only tokens that may be sampled.
     logits_processors: functions called for every token with the ids of the output so far, or of prompt and output, and
         the logits of the next token, a float32 tensor [vocab_size] on the model's device, that return these changed.
-        They come before the penalties.  The next step waits until this token is known.
+        They come before the penalties.  The next step waits until this token is known.  With tensor_parallel_size > 1
+        copies of them run in another process, which must be able to import them.
     skip_reading_prefix_cache: compute the whole prompt, whatever of it is cached; the default with prompt_logprobs.
     repetition_detection: end the output when its last tokens are a pattern over and over (finish_reason "repetition").
     stream_interval: in streams, an output for every so many tokens, beside the first and the last one.
