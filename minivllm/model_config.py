@@ -281,6 +281,9 @@ def _rope_by_layer(hf: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for kind, name in THETAS.items():
         if hf.get(name) is not None:
             layers.setdefault(kind, {}).setdefault("rope_theta", hf[name])
+    if hf.get("rope_theta") is not None:
+        for settings in layers.values():
+            settings.setdefault("rope_theta", hf["rope_theta"])
     return layers
 
 

@@ -1065,6 +1065,13 @@ def test_rope_overrides(written, changes, full, local):
     assert (config.local_rope.type, config.local_rope.factor, config.local_rope.theta) == local
 
 
+def test_a_theta_for_all_layers():
+    by_layer = dict(full_attention={}, sliding_attention=dict(FLAT))
+    hf = SHAPE | dict(architectures=["Qwen3ForCausalLM"], rope_theta=7.0, rope_parameters=by_layer)
+    config = ModelConfig.from_hf(hf)
+    assert config.rope.theta == config.local_rope.theta == 7.0 and config.local_rope.factor == 8.0
+
+
 def test_overrides_keep_what_is_refused():
     hf = dict(SHAPE, architectures=["Phi3ForCausalLM"], rope_parameters=dict(rope_theta=9.0, partial_rotary_factor=0.5))
     for changes in ({}, dict(rope_scaling=None), dict(rope_parameters=FLAT)):
