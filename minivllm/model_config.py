@@ -278,11 +278,10 @@ def _rope_by_layer(hf: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     layers = layers or {"full_attention": dict(given)}
     if scaling:
         layers["full_attention"] = _scaled(layers.get("full_attention", {}), scaling)
-    for kind, name in THETAS.items():
-        if hf.get(name) is not None:
-            layers.setdefault(kind, {}).setdefault("rope_theta", hf[name])
+    if hf.get("rope_local_base_freq") is not None:
+        layers.setdefault("sliding_attention", {}).setdefault("rope_theta", hf["rope_local_base_freq"])
     if hf.get("rope_theta") is not None:
-        for settings in layers.values():
+        for settings in (layers.setdefault("full_attention", {}), *layers.values()):
             settings.setdefault("rope_theta", hf["rope_theta"])
     return layers
 

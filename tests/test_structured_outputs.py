@@ -6,6 +6,7 @@ import pickle
 import re
 import tempfile
 from functools import partial
+from types import SimpleNamespace
 
 import llguidance
 import numpy as np
@@ -200,16 +201,18 @@ def test_any_object(llm):
     assert ended and all(isinstance(value, dict) for value in ended)
 
 
-@pytest.mark.parametrize("seconds_alone", [0.0, 60.0], ids=["threads", "alone"])
-def test_masks(llm, monkeypatch, seconds_alone):
-    """A grammar stays where its engine is; another process is told the places alone."""
-    monkeypatch.setattr(grammar, "SECONDS_ALONE", seconds_alone)
+@pytest.mark.parametrize("num_alone", [0, 1, 2])
+def test_masks(llm, monkeypatch, num_alone):
+    """Worked out alone while there is time, then on threads.  A grammar stays where its engine is; another process is
+    told the places alone."""
     tokenizer = llm.get_tokenizer()
     masks = TokenMasks()
     for place, choice in ((2, ["no", "none"]), (5, ["yes"])):
         params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=choice))
         masks.add(place, llm.engine._grammar(params))
     sent = pickle.loads(pickle.dumps(ScheduledBatch(token_masks=masks))).token_masks
+    times = iter([0.0] * (1 + num_alone) + [grammar.SECONDS_ALONE + 1] * 2)
+    monkeypatch.setattr(grammar, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     out = np.full((3, -(-llm.model_config.vocab_size // 32)), 0x12345678, np.int32)
     sent.receive = partial(masks.words, out)
     assert len(sent) == 2 and sent.places == [2, 5]

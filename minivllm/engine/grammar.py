@@ -84,12 +84,12 @@ class TokenMasks:
 
         if self.catch_up is not None:
             self.catch_up()
-        count = len(self._grammars)
+        count = len(self)
         words = np.empty((count, self._grammars[0].num_words), np.int32) if out is None else out[:count]
         deadline = time.perf_counter() + SECONDS_ALONE
         for row, grammar in enumerate(self._grammars):
             if time.perf_counter() > deadline:
-                rest = [(grammar.matcher, row + i) for i, grammar in enumerate(self._grammars[row:])]
+                rest = [(self._grammars[i].matcher, i) for i in range(row, count)]
                 fill_next_token_bitmask_par(_threads(), rest, words)
                 break
             fill_next_token_bitmask(grammar.matcher, words, row)

@@ -92,7 +92,7 @@ class WorkersExecutor:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # chooses a free port
         assert config.max_num_seqs is not None
         masks = SharedMasks(config.max_num_seqs, model_config.vocab_size)
-        self._masks, self._turn = masks.array, 0
+        self._masks, self._turn = masks.array, 0  # and which of the two sets was written last
         try:
             with masks.file as file:
                 for _ in range(size):

@@ -32,21 +32,20 @@ START_SECONDS = 600  # a worker may load its share of the weights later than ano
 
 
 class Worker:
-    def __init__(self, connection: Connection, masks_file: int) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._masks_file = masks_file
         self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._pending: queue.SimpleQueue[PendingStep] = queue.SimpleQueue()
         self._saying = threading.Lock()
         threading.Thread(target=self._receive, daemon=True).start()
 
-    def run(self) -> None:
+    def run(self, masks_file: int) -> None:
         """Make the runner, and run steps until the process is ended."""
         try:
             config, model_config, weights, rank, port = self._orders.get()
             config = _placed(config, rank)
             assert config.max_num_seqs is not None
-            masks = SharedMasks(config.max_num_seqs, model_config.vocab_size, self._masks_file)
+            masks = SharedMasks(config.max_num_seqs, model_config.vocab_size, masks_file).array
             tp = _join(config, model_config, rank, port)
             runner = ModelRunner(config, model_config, weights, tp)
             self._say(("done", None))
@@ -58,7 +57,8 @@ class Worker:
                 threading.Thread(target=self._answer, args=(config.device,), daemon=True).start()
             while True:
                 batch = self._orders.get()
-                batch.token_masks.receive = partial(self._masks_of_step, masks.array, len(batch.token_masks))
+                if batch.token_masks:
+                    batch.token_masks.receive = partial(self._masks_of_step, masks, len(batch.token_masks))
                 pending = runner.execute(batch)
                 if rank == 0:
                     self._pending.put(pending)
@@ -103,7 +103,7 @@ class Worker:
 
 def main(connection: int, masks_file: int) -> None:
     """What the process runs, with these file descriptors."""
-    Worker(Connection(connection), masks_file).run()
+    Worker(Connection(connection)).run(masks_file)
 
 
 def _placed(config: EngineConfig, rank: int) -> EngineConfig:
