@@ -54,10 +54,11 @@ class StepGraphs:
         """Capture `run(prepare(size))` for each size, without `prepare`: it puts inputs at fixed addresses, where a
         replay finds those of its own step.  The outputs have fixed addresses too."""
         gc.collect()
-        for size in sorted(sizes, reverse=True):
+        largest_first = sorted(sizes, reverse=True)
+        for size in largest_first[:1]:
+            run(prepare(size))  # lets libraries set themselves up, which must not happen during capture
+        for size in largest_first:
             inputs = prepare(size)
-            run(inputs)  # compiles, and lets libraries set themselves up, which must not happen during capture
-            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 output = run(inputs)
