@@ -218,7 +218,11 @@ def _pairs(items: Sequence[tuple[int, Sequence[int]]], device: torch.device) -> 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """On the device, without waiting for the copy there; on a CPU the array's own memory."""
     tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    np.copyto(pinned.numpy(), array)  # torch would wake its threads to copy a step's masks, which takes longer
+    return pinned.to(device, non_blocking=True)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
