@@ -249,6 +249,8 @@ class AsyncLLM:
                     self._error = str(content[0])
         except (EOFError, OSError):
             pass
+        except Exception as error:
+            self._error = f"what it says cannot be read: {error!r}"
         if self._error is None:
             self._error = "it was shut down" if self._is_shut_down else "its process is gone"
         for stream in list(self._streams.values()):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_FIELDS = ("generated_text", "finish_reason", "num_prompt_tokens", "num_generated_tokens", "error")
-MALFORMED = "malformed"  # the field of a row whose line is no JSON object: that line
+MALFORMED = "malformed"  # the one field of a row whose line is no JSON object: that line
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Rows:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     return row if isinstance(row, dict) else {MALFORMED: line.decode("utf-8", "replace").strip()}
 
@@ -161,9 +161,14 @@ class Job:
         write = self._write_parquet if self.target.suffix == ".parquet" else self._write_jsonl
         write_at_once(self.finished_mark, lambda path: path.write_text(self.identity))
         write_at_once(self.target, write)
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+        self.remove_parts()
+
+    def remove_parts(self) -> None:
+        """Remove the answers of chunks, if they are still there."""
+        if self.folder.exists():
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
 
     def _write_jsonl(self, path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from minivllm.outputs import Logprob, RequestOutput
-from minivllm.sampling_params import SamplingParams
-from minivllm.validation import check_int
-
-
-@dataclass(kw_only=True)
-class BeamSearchParams:
-    """Under vLLM's names.  Beams are ranked by the sum of their tokens' log probabilities, divided by their length, the
-    prompt's included, to the power of `length_penalty`."""
-
-    beam_width: int
-    max_tokens: int
-    ignore_eos: bool = False
-    temperature: float = 0.0  # the only one; for scripts that name it
-    length_penalty: float = 1.0
-    include_stop_str_in_output: bool = False  # there are no stop strings
-
-    def __post_init__(self) -> None:
-        check_int("beam_width", self.beam_width, 1)
-        check_int("max_tokens", self.max_tokens, 1)
-        if not isinstance(self.length_penalty, (int, float)) or not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be a number, got {self.length_penalty!r}")
-        if self.include_stop_str_in_output:
-            raise ValueError("include_stop_str_in_output: beam search has no stop strings; leave it out")
-        if self.temperature != 0:
-            raise ValueError("beam search with a temperature is not supported; leave temperature at 0")
+from minivllm.sampling_params import BeamSearchParams, SamplingParams
 
 
 @dataclass(slots=True)
@@ -45,6 +20,7 @@ class BeamSearchSequence:
     cum_logprob: float = 0.0
     text: str | None = None
     finish_reason: str | None = None
+    stop_reason: int | str | None = None  # the token that ended it
 
     def score(self, eos_token_ids: Collection[int], length_penalty: float) -> float:
         length = len(self.tokens) - (self.tokens[-1] in eos_token_ids)
@@ -66,9 +42,7 @@ def beam_search(
     use_tqdm: bool = False,
 ) -> list[BeamSearchOutput]:
     """Search from each prompt.  `generate` is the engine's: one output a prompt."""
-    step = SamplingParams(
-        temperature=0, max_tokens=1, logprobs=2 * params.beam_width, ignore_eos=True, detokenize=False
-    )
+    step = SamplingParams(temperature=0, max_tokens=1, logprobs=2 * params.beam_width, ignore_eos=True)
     beams = [[BeamSearchSequence(list(prompt))] for prompt in prompts]
     finished: list[list[BeamSearchSequence]] = [[] for _ in prompts]
     ends = () if params.ignore_eos else eos_token_ids
@@ -88,7 +62,7 @@ def beam_search(
                         [*beam.tokens, token], [*beam.logprobs, logprobs[0]], beam.cum_logprob + found.logprob
                     )
                     if token in ends:
-                        longer.finish_reason = "stop"
+                        longer.finish_reason, longer.stop_reason = "stop", token
                         finished[i].append(longer)
                     else:
                         candidates.append(longer)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Message = dict[str, Any]
+
+
+class ContentFormat(NamedTuple):
+    """What a template is given for the content of messages."""
+
+    keeps_parts: bool  # parts; else the texts of parts, joined to one
+    takes_text: bool  # a text as it is; else as a part
+
+
+FORMATS = {"string": ContentFormat(False, True), "openai": ContentFormat(True, False)}
 
 
 def load_template(template: str | Path | None) -> str | None:
@@ -32,6 +44,7 @@ def render(
     continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_content_format: str = "auto",
 ) -> str:
     """The text of the prompt.
 
@@ -39,7 +52,13 @@ def render(
     continue_final_message: leave the last message open, for the model to go on with.
     tools: descriptions of functions (JSON schema), handed to the template, as chat_template_kwargs are, in which the
     other two may be too.
+    chat_template_content_format: what the template is given for contents: texts ("string"), lists of parts ("openai"),
+    or what it is made for ("auto").
     """
+    if chat_template_content_format not in ("auto", *FORMATS):
+        raise ValueError(
+            f"chat_template_content_format must be 'auto', 'string' or 'openai', got {chat_template_content_format!r}"
+        )
     own = dict(chat_template=chat_template, tools=None if tools is None else list(tools), tokenize=False)
     given = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
     given |= chat_template_kwargs or {}
@@ -51,25 +70,64 @@ def render(
         )
     if not (chat_template or tokenizer.chat_template):
         raise ValueError("the tokenizer has no chat template; give one as chat_template, or use generate")
+    content_format = FORMATS.get(chat_template_content_format) or _content_format(
+        tokenizer.get_chat_template(chat_template, own["tools"])
+    )
     try:
-        return tokenizer.apply_chat_template([_checked(message) for message in messages], **own, **given)
+        return tokenizer.apply_chat_template(
+            [_checked(message, content_format) for message in messages], **own, **given
+        )
     except ValueError:
         raise
     except Exception as error:  # whatever a template comes to
         raise ValueError(f"the chat template cannot render these messages: {error}") from error
 
 
-def _checked(message: Message) -> Message:
-    """The message as templates want it: text parts joined to one text, the arguments of earlier calls as objects."""
+@functools.lru_cache
+def _content_format(template: str) -> ContentFormat:
+    """What a template is made for, by what it does: whether it goes through contents, and asks if they are strings."""
+    import jinja2
+    from jinja2 import nodes
+
+    try:  # without the marks of what an assistant has said, which are transformers' own
+        marked = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(marked)
+    except jinja2.TemplateError:
+        return FORMATS["string"]
+
+    def is_content(node: nodes.Node, names: Collection[str] = ()) -> bool:
+        while isinstance(node, nodes.Filter) and node.node is not None:
+            node = node.node
+        if isinstance(node, nodes.Getitem):
+            return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        if isinstance(node, nodes.Getattr):
+            return node.attr == "content"
+        return isinstance(node, nodes.Name) and node.name in names
+
+    assigned = [(node.target, node.node) for node in tree.find_all(nodes.Assign)]
+    names = {target.name for target, value in assigned if isinstance(target, nodes.Name) and is_content(value)}
+    asks = any(test.name == "string" and is_content(test.node, names) for test in tree.find_all(nodes.Test))
+    goes_through = any(is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
+    return ContentFormat(keeps_parts=goes_through, takes_text=asks or not goes_through)
+
+
+def _checked(message: Message, content_format: ContentFormat) -> Message:
+    """The message as the template wants it, the arguments of earlier calls as objects."""
     content = message.get("content")
+    if content is None:
+        content = "" if content_format.takes_text else []
     if isinstance(content, list):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
         if not all(
-            isinstance(part, str) or (isinstance(part, dict) and part.get("type") == "text") for part in content
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in parts
         ):
             raise ValueError("messages: only content of text is supported, not images or the like")
-        content = "\n".join(part if isinstance(part, str) else part["text"] for part in content)
-    own = {**message, "content": "" if content is None else content}
-    if calls := message.get("tool_calls"):
+        content = parts if content_format.keeps_parts else "\n".join(part["text"] for part in parts)
+    elif isinstance(content, str) and not content_format.takes_text:
+        content = [{"type": "text", "text": content}]
+    own = {**message, "content": content}
+    if calls := own.pop("tool_calls", None):  # templates ask whether they are there, not whether there are any
         if not isinstance(calls, list) or not all(
             isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
         ):

@@ -28,7 +28,7 @@ NO_MEANING_HERE = {
     "cudagraph_capture_sizes": "CUDA graphs cover every batch size up to max_num_seqs",
     "disable_cascade_attn": "there is no cascade attention",
     "disable_custom_all_reduce": "sums are part of the norms' kernels where GPUs see each other",
-    "disable_hybrid_kv_cache_manager": "blocks outside a window are always freed",
+    "disable_hybrid_kv_cache_manager": "blocks outside the window of all layers are always freed",
     "disable_log_stats": "statistics are always kept; nothing is logged",
     "distributed_executor_backend": "workers are processes on this host; across hosts, see minivllm/ray.py",
     "enable_chunked_prefill": "prefill is always chunked by max_num_batched_tokens",
@@ -56,6 +56,7 @@ NOT_SUPPORTED: NotSupported = {
     "kv_transfer_config": ((None,), "KV caches are not shared between engines"),
     "limit_mm_per_prompt": ((None, {}), "only text is supported"),
     "logits_processors": ((None, []), "give them to SamplingParams, request by request"),
+    "logprobs_mode": (("raw_logprobs",), "logprobs are those before penalties, temperature and the like"),
     "model_impl": (("auto", "vllm"), "there is one implementation of each model"),
     "pipeline_parallel_size": ((1,), "take tensor_parallel_size"),
     "runner": (("auto", "generate"), "only models that generate are supported"),
@@ -72,7 +73,8 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The settings of one engine, under vLLM's names.  None means: derived from model and device by `resolve`."""
+    """The settings of one engine, under vLLM's names.  None means: derived from model and device, by `resolve` or when
+    memory is measured, or not asked for."""
 
     dtype: str = option("auto", "float32, bfloat16 or float16; auto: the model's, on a CPU float32")
     max_model_len: int | None = option(None, "tokens of prompt and output together; default: the model's own limit")
@@ -142,10 +144,10 @@ class EngineConfig:
             NgramConfig.from_dict(self.speculative_config)
         if self.quantization not in (None, "fp8"):
             raise ValueError(f"quantization must be None or 'fp8', got {self.quantization!r}")
+        switches: dict[Any, Any] = {"bool": bool, "bool | None": (bool, type(None))}
         for one in fields(self):
             value = getattr(self, one.name)
-            is_none = value is None and one.type == "bool | None"
-            if one.type in ("bool", "bool | None") and not isinstance(value, bool) and not is_none:
+            if one.type in switches and not isinstance(value, switches[one.type]):
                 raise ValueError(f"{one.name} must be True or False, got {value!r}")
         if not isinstance(self.gpu_memory_utilization, (int, float)) or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}")

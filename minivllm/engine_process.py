@@ -8,7 +8,7 @@ entry a word; threads of their own read and write them, so the loop below never 
                                                  ->  added  request_id, what is wrong with it or None
     abort  request_ids
     call  call_id, name                          ->  result  call_id, value, error or None
-    a step has outputs                           ->  outputs  [packed RequestOutput, …], metrics
+    a step has outputs, or 0.5 s have passed     ->  outputs  [packed RequestOutput, …], metrics
     the engine failed                            ->  dead  traceback
 
 The process ends when its parent closes the connection, or is gone.
@@ -151,6 +151,9 @@ class EngineLoop:
                 self._connection.send(message)
         except OSError:
             os._exit(0)
+        except BaseException:  # there is no memory, say
+            traceback.print_exc()
+            os._exit(1)
 
 
 def main(file_descriptor: int) -> None:

@@ -43,6 +43,8 @@ class InputProcessor:
         self, tokenizer: Any, chat_template: str | Path | None, generation_config: Mapping[str, Any], max_model_len: int
     ) -> None:
         self.tokenizer = tokenizer
+        if tokenizer is not None:
+            tokenizer.truncation_side = "left"  # for truncate_prompt_tokens
         self.chat_template = load_template(chat_template)
         self.max_model_len = max_model_len
         self._generation_config = generation_config
@@ -67,12 +69,14 @@ class InputProcessor:
         continue_final_message: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        chat_template_content_format: str = "auto",
     ) -> Prompt:
         """The prompt that a conversation becomes.
 
         chat_template: text or file, in place of the model's own.  add_generation_prompt: begin the answer.
         continue_final_message: go on with the last message instead.  tools: functions that the model may call, as JSON
-        schemas.  chat_template_kwargs: further arguments of the template.
+        schemas.  chat_template_kwargs: further arguments of the template.  chat_template_content_format: contents are
+        given to the template as "string", as lists of parts ("openai"), or as it is made for ("auto").
         """
         tokenizer = self.get_tokenizer()
         if not is_conversation(messages):
@@ -85,6 +89,7 @@ class InputProcessor:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            chat_template_content_format=chat_template_content_format,
         )
         check_text("messages", text)
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
@@ -93,29 +98,36 @@ class InputProcessor:
     def check(self, prompt: Any, params: SamplingParams, output_kind: RequestOutputKind) -> CheckedRequest:
         """A prompt and its params as the engine takes them.  Raises ValueError for a prompt that is none."""
         params = replace(params, output_kind=output_kind)  # checks them again: they may have been changed since
-        text, token_ids = self._tokenize(prompt)
-        if (most := params.truncate_prompt_tokens) is not None:
-            token_ids = token_ids[-(self.max_model_len - 1 if most == -1 else most) :]
+        most = params.truncate_prompt_tokens
+        text, token_ids = self._tokenize(prompt, self.max_model_len - 1 if most == -1 else most)
         return token_ids, params, text
 
-    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int]]:
-        """(text if known, token ids) of one prompt."""
+    def _tokenize(self, prompt: Any, most: int | None) -> tuple[str | None, list[int]]:
+        """(text if known, token ids) of one prompt: its last `most` ones, of a text beside the special tokens that the
+        tokenizer puts before it."""
         text = None
         if isinstance(prompt, dict):
-            if not prompt.keys() & {"prompt", "prompt_token_ids"} or prompt.keys() - {"prompt", "prompt_token_ids"}:
+            keys = {key for key, value in prompt.items() if value is not None}
+            if not prompt.keys() & {"prompt", "prompt_token_ids"} or keys - {"prompt", "prompt_token_ids"}:
                 raise ValueError(f'a prompt dict has "prompt" or "prompt_token_ids", got the keys {list(prompt)}')
             text = prompt.get("prompt")
             if not isinstance(text, (str, type(None))):
                 raise ValueError(f'"prompt" must be text, got {text!r:.80}')
-            prompt = prompt.get("prompt_token_ids", text)
+            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in keys else text
             if isinstance(prompt, str) and prompt is not text:
                 raise ValueError(f'"prompt_token_ids" must be token ids, got {prompt!r:.80}')
         if isinstance(prompt, str):
             check_text("a prompt", prompt)
-            return prompt, self.get_tokenizer()(prompt).input_ids
+            tokenizer = self.get_tokenizer()
+            if most is None:
+                return prompt, tokenizer(prompt).input_ids
+            num_special = tokenizer.num_special_tokens_to_add()
+            if most < num_special:
+                raise ValueError(f"truncate_prompt_tokens ({most}) has no room for {num_special} special tokens")
+            return prompt, tokenizer(prompt, truncation=True, max_length=most).input_ids
         if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
             raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
-        return text, list(prompt)
+        return text, list(prompt[-most:] if most else prompt)
 
 
 CHAT_OPTIONS = tuple(InputProcessor.preprocess_chat.__kwdefaults__ or ())

@@ -150,8 +150,7 @@ class LLM:
         messages: [{"role": "user", "content": "…"}, …], or a list of such lists.
         options: as for `preprocess_chat`; vLLM's others as long as they ask for nothing.
         """
-        not_supported = {**NOT_SUPPORTED, "chat_template_content_format": (("auto", "string"), "contents are text")}
-        options = take_options(options, "chat", not_supported, CHAT_OPTIONS)
+        options = take_options(options, "chat", NOT_SUPPORTED, CHAT_OPTIONS)
         if not isinstance(messages, Sequence) or not messages:
             raise ValueError(f"messages must be a conversation or a list of them, got {messages!r}")
         conversations = [messages] if isinstance(messages[0], dict) else messages
@@ -207,7 +206,7 @@ class LLM:
         return self.inputs.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json recommends."""
+        """What is recommended for the model: by its generation_config.json, if `generation_config` names no other."""
         return SamplingParams(**self.inputs.default_options())
 
     def reset_prefix_cache(self) -> bool:
@@ -298,9 +297,9 @@ class LLM:
                     yield output
         finally:
             with self._lock:
-                self.engine.abort_requests(request_ids)
                 for request_id in request_ids:
                     self._inboxes.pop(request_id, None)
+                self.engine.abort_requests(request_ids)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         """Put each output where its own call finds it."""

@@ -9,9 +9,13 @@ from minivllm.engine.scheduler import Scheduler
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure with a name."""
+    """A figure with a name.  `labels`: of one engine there is nothing to tell apart."""
 
     name: str
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {}
 
 
 @dataclass(frozen=True)

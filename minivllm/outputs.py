@@ -113,6 +113,8 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    lora_request = None  # here and below: vLLM's, of what there is not
+
     def finished(self) -> bool:
         """Whether no more tokens will come."""
         return self.finish_reason is not None
@@ -135,6 +137,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
     prompt_token_id_logprobs: np.ndarray | None = field(default=None, compare=False)
+
+    lora_request = encoder_prompt = encoder_prompt_token_ids = kv_transfer_params = None
 
     def raise_failure(self) -> None:
         """Raise ValueError if one of the request's own functions has failed."""

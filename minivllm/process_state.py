@@ -27,7 +27,8 @@ def heap_left_alone() -> Iterator[None]:
 def deferred_interrupt() -> Iterator[None]:
     """Let Ctrl-C take effect after the block, which is thus never left half done.  A second one takes effect at
     once."""
-    if threading.current_thread() is not threading.main_thread():
+    # A handler that is None is another language's, and could not be put back.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     received: list[Any] = []

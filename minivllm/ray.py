@@ -79,6 +79,7 @@ def generate(
     SamplingParams(**given)  # mistakes show before anything is started
     job = Job.make(rows, target, model, given, chunk_size, engine_arguments)
     if job.is_finished():
+        job.remove_parts()
         return Summary(rows.count, 0, 0)
     missing = job.missing_chunks()
     num_answered = num_failed = 0
@@ -181,12 +182,14 @@ class _Engine:
                     "num_prompt_tokens": len(output.prompt_token_ids),
                     "num_generated_tokens": len(completion.token_ids),
                 }
-        except (ValueError, TypeError) as error:
-            answer["error"] = str(error)
+        except EngineDeadError:
+            raise
+        except Exception as error:  # whatever there is in a row, the others are answered
+            answer["error"] = str(error) or type(error).__name__
         return answer
 
     def _prompt(self, row: dict[str, Any]) -> Any:
-        if MALFORMED in row:
+        if row.keys() == {MALFORMED}:
             raise ValueError("the row is not a JSON object")
         if row.get("messages") is not None:
             return self._llm.inputs.preprocess_chat(row["messages"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from minivllm.validation import NotSupported, check_int, check_text, refuses_unk
 
 MIN_TEMPERATURE = 0.01  # below it logits / temperature overflows; vLLM raises smaller ones to it too
 MAX_FLOAT32 = 3.4e38
+MAX_LOGIT_BIAS = 1e30  # which overflows at no temperature
 MAX_INT32 = 2**31 - 1
 MAX_N = 16384  # as in vLLM
 NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
@@ -71,7 +73,7 @@ class SamplingParams:
     min_tokens: no end-of-sequence, stop token or stop string before this many.
     logprobs: how many of the most likely tokens to report at each place, beside the one sampled; -1: all.
     logprob_token_ids: report these tokens' (up to 128) in place of the most likely ones', without their ranks.
-    prompt_logprobs: the same for the tokens of the prompt.
+    prompt_logprobs: what logprobs is, for the tokens of the prompt.
     prompt_logprob_token_ids: in place of prompt_logprobs, lists or an array [num_rows, num_ids] of token ids: report
         the logprobs of those in row i where the prompt has its token prompt_logprob_start + i + 1, up to the last one,
         as the output's `prompt_token_id_logprobs`.  A −1, which fills up shorter rows, has −inf.
@@ -79,7 +81,7 @@ class SamplingParams:
     detokenize: False leaves `text` empty.
     skip_special_tokens: leave special tokens out of the text.
     spaces_between_special_tokens: False leaves out the spaces that slow tokenizers put there; fast ones put none.
-    logit_bias: added to logits, by token id; clamped to [-100, 100].
+    logit_bias: added to logits, by token id; at most 1e30, and -inf rules a token out.
     allowed_token_ids: the only tokens that may be sampled.
     logits_processors: functions called for every token with the ids of the output so far, or of prompt and output, and
         the logits of the next token, a float32 tensor [vocab_size] on the model's device, that return these changed.
@@ -161,6 +163,8 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
         for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is True:
+                setattr(self, name, 1)
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), -1)
         self.logprob_token_ids = _token_ids("logprob_token_ids", self.logprob_token_ids)
@@ -196,9 +200,9 @@ class SamplingParams:
                 if isinstance(token_id, str) and token_id.isdecimal():  # as keys in JSON are
                     token_id = int(token_id)
                 check_int("logit_bias", token_id, 0)
-                if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
-                    raise ValueError(f"logit_bias must be a dict of token id: number, got {value!r}")
-                bias[token_id] = float(min(100, max(-100, value)))
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or not value <= MAX_LOGIT_BIAS:
+                    raise ValueError(f"logit_bias must be a dict of token id: number up to 1e30, got {value!r}")
+                bias[token_id] = float(value) if value >= -MAX_FLOAT32 else float("-inf")
             self.logit_bias = bias
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
@@ -254,6 +258,30 @@ class SamplingParams:
             self.penalizes or self.bad_words or self.min_tokens or self.stop or self.structured_outputs
             or self.logits_processors or self.logprobs is not None
         )  # fmt: skip
+
+
+@refuses_unknown_options({"structured_outputs": ((None,), "use SamplingParams")})
+@dataclass(kw_only=True)
+class BeamSearchParams:
+    """Under vLLM's names.  Beams are ranked by the sum of their tokens' log probabilities, divided by their length, the
+    prompt's included, to the power of `length_penalty`."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0  # the only one; for scripts that name it
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False  # there are no stop strings
+
+    def __post_init__(self) -> None:
+        check_int("beam_width", self.beam_width, 1)
+        check_int("max_tokens", self.max_tokens, 1)
+        if not isinstance(self.length_penalty, (int, float)) or not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be a number, got {self.length_penalty!r}")
+        if self.include_stop_str_in_output:
+            raise ValueError("include_stop_str_in_output: beam search has no stop strings; leave it out")
+        if self.temperature != 0:
+            raise ValueError("beam search with a temperature is not supported; leave temperature at 0")
 
 
 def _token_ids(name: str, value: Any) -> list[int] | None:

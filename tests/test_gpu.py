@@ -1,5 +1,7 @@
 """On a GPU: parity with Hugging Face through Triton, CUDA graphs against eager, nothing compiled after warm-up."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,29 @@ def test_large_mixed_graphs_equal_eager_bitwise(tiny, monkeypatch):
                 results[eager].append([generate(llm, batch, params) for batch in batches])
     assert results[True] == results[False]
     assert {size for kind, size in replayed if kind == "mixed"} >= {64, 192, 640, 1408}
+
+
+@pytest.mark.parametrize("max_num_seqs", [8, 400])
+def test_graphs_of_long_sums_equal_eager_bitwise(tmp_path, max_num_seqs):
+    """Sums of more than 4,096 numbers: products whose bias of zeros the graphs share."""
+    shape = dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=4096, intermediate_size=4608,
+        num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8, vocab_size=512, rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    batches = [[[(7 * i + 3 * j) % 500 for j in range(length)] for i in range(3)] for length in (30, 50, 80, 120)]
+    batches.append([[i] for i in range(100)])
+    results = {}
+    for eager in (True, False):
+        with LLM(
+            str(tmp_path), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=1 << 29, enforce_eager=eager, enable_prefix_caching=False,
+        ) as llm:  # fmt: skip
+            asked = SamplingParams(max_tokens=4, logprobs=1, **GREEDY)
+            outputs = [llm.generate(batch, asked, use_tqdm=False) for batch in batches]
+            results[eager] = [[one.outputs[0].logprobs for one in batch] for batch in outputs]
+    assert results[True] == results[False]
 
 
 def test_nothing_compiles_after_warm_up(tiny):

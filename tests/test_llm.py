@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from minivllm.config import NO_MEANING_HERE, NOT_SUPPORTED, EngineConfig
 from minivllm.engine.detokenizer import Detokenizer
 from minivllm.layers import Attention, rope_table
 from minivllm.model_config import ModelConfig
+from minivllm.process_state import deferred_interrupt
 from minivllm.runner.forward_batch import ForwardBatch
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -86,10 +88,11 @@ def test_prompt_forms(embedded_llm):
         {"prompt": text},
         {"prompt_token_ids": ids},
         {"prompt": "x", "prompt_token_ids": ids},
+        {"prompt": text, "prompt_token_ids": None, "multi_modal_data": None},
     ]
     params = SamplingParams(temperature=0, max_tokens=3)
     together = embedded_llm.generate(forms, params, use_tqdm=False)
-    assert [output.prompt for output in together] == [text, None, None, text, None, "x"]
+    assert [output.prompt for output in together] == [text, None, None, text, None, "x", text]
     assert [int(output.request_id) for output in together] == sorted(int(output.request_id) for output in together)
     for form, output in zip(forms, together, strict=True):
         assert output.prompt_token_ids == ids and output.outputs[0].text == " Paris.\n"
@@ -304,6 +307,7 @@ def test_numbers_too_large(tiny, name, value):
         (dict(logit_bias=[1]), "logit_bias must be a dict"),
         (dict(logit_bias={"x": 1}), "logit_bias must be an integer"),
         (dict(logit_bias={1: "x"}), "logit_bias must be a dict of token id: number"),
+        (dict(logit_bias={1: float("inf")}), "logit_bias must be a dict of token id: number up to 1e30"),
         (dict(allowed_token_ids=[]), "allowed_token_ids is empty"),
         (dict(allowed_token_ids=5), "allowed_token_ids must be a list"),
         (dict(include_stop_str_in_output=1), "include_stop_str_in_output must be True or False"),
@@ -745,6 +749,41 @@ def test_a_failed_step_loses_no_request(either_llm, monkeypatch, where):
             num_errors += 1
             llm.engine.scheduler.check_integrity()
     assert num_errors == 1 and [tokens[i] for i in range(len(PROMPTS))] == expected
+
+
+def test_outputs_that_cannot_be_made_are_made_by_the_next_step(either_llm, monkeypatch):
+    llm, expected = either_llm
+    original, calls = llm.engine._outputs._output, []
+
+    def output(group, samples):
+        made = original(group, samples)
+        calls.append(group.request_id)
+        if len(calls) in (2, 8):
+            raise MemoryError
+        return made
+
+    monkeypatch.setattr(llm.engine._outputs, "_output", output)
+    for i, prompt in enumerate(PROMPTS):
+        kind = RequestOutputKind.FINAL_ONLY if i % 2 else RequestOutputKind.CUMULATIVE
+        llm.engine.add_request(str(i), prompt, replace(GREEDY, output_kind=kind))
+    tokens, num_errors = {}, 0
+    while llm.engine.has_unfinished_requests():
+        assert len(calls) < 500
+        try:
+            tokens |= {int(output.request_id): output.outputs[0].token_ids for output in llm.engine.step()}
+        except MemoryError:
+            num_errors += 1
+            llm.engine.scheduler.check_integrity()
+    assert num_errors == 2 and [tokens[i] for i in range(len(PROMPTS))] == expected
+    assert not llm.engine.request_ids
+
+
+def test_a_handler_of_ctrl_c_that_is_not_python_s_is_left_alone(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: None)
+        patch.setattr(signal, "signal", None)
+        with deferred_interrupt():
+            pass
 
 
 def interrupt():

@@ -88,7 +88,44 @@ def test_parts_of_text_and_messages_without_content(llm):
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert llm.preprocess_chat(parts, chat_template=TEMPLATE)["prompt"] == "<user>a\nb</><assistant>"
     called = [*MESSAGES, {"role": "assistant", "tool_calls": []}]
-    assert llm.preprocess_chat(called, chat_template="{{ messages[1].role }}")["prompt"] == "assistant"
+    template = "{{ messages[1].role }}{{ 'tool_calls' in messages[1] }}"  # Llama's asks so, and then expects one
+    assert llm.preprocess_chat(called, chat_template=template)["prompt"] == "assistantFalse"
+
+
+LOOP = "{% for c in m.content %}[{{ c.text }}]{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "text", "parts"),
+    [
+        ("{{ m.content }}", "Hi", "a\nb"),
+        (LOOP, "[Hi]", "[a][b]"),
+        (LOOP.replace("m.content", "m['content'] | list"), "[Hi]", "[a][b]"),
+        ("{% set parts = m['content'] %}" + LOOP.replace("m.content", "parts"), "[Hi]", "[a][b]"),
+        ("{% if m.content is string %}{{ m.content }}{% else %}" + LOOP + "{% endif %}", "Hi", "[a][b]"),
+        ("{% if m.role is string %}" + LOOP + "{% endif %}", "[Hi]", "[a][b]"),
+        ("{% generation %}" + LOOP + "{%- endgeneration %}", "[Hi]", "[a][b]"),
+        ("{% for c in m.content.split() %}{{ c }}{% endfor %}", "Hi", "ab"),
+        ("{% for c in 'xy' %}{{ c }}{% endfor %}{{ m.content }}", "xyHi", "xya\nb"),
+    ],
+)
+def test_contents_as_the_template_wants_them(llm, body, text, parts):
+    template = "{% for m in messages %}" + body + "{% endfor %}"
+    for content, expected in (("Hi", text), ([{"type": "text", "text": "a"}, "b"], parts)):
+        found = llm.preprocess_chat([{"role": "user", "content": content}], chat_template=template)["prompt"]
+        assert found == expected
+
+
+def test_a_content_format_of_one_s_own(llm):
+    def prompt(template, **options):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
+        return llm.preprocess_chat(messages, chat_template=template, add_generation_prompt=False, **options)["prompt"]
+
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert prompt(template, chat_template_content_format="openai") == "[{'type': 'text', 'text': 'Hi'}][]"
+    assert prompt(template, chat_template_content_format="string") == "Hi"
+    loop = "{% for m in messages %}" + LOOP + "{% endfor %}"
+    assert prompt(loop) == "[Hi]" and prompt(loop, chat_template_content_format="string") == "[][]"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +140,7 @@ def test_parts_of_text_and_messages_without_content(llm):
         (MESSAGES, dict(chat_template="{{ raise_exception('no system') }}"), "cannot render these messages: no system"),
         (MESSAGES, dict(chat_template="{% for %}"), "cannot render"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], dict(), "only content of text"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], dict(), "only content of text"),
     ],
     ids=str,
 )
@@ -177,8 +215,8 @@ def test_arguments_of_vllm_that_ask_for_nothing(llm):
             "no argument 'lora_requests'; did you mean 'lora_request'",
         ),
         (
-            lambda: llm.chat(messages, chat_template_content_format="openai"),
-            "chat: chat_template_content_format=.openai. is not",
+            lambda: llm.chat(messages, chat_template_content_format="parts"),
+            "chat_template_content_format must be 'auto', 'string' or 'openai', got 'parts'",
         ),
         (lambda: llm.chat(messages, tool=[]), "chat has no argument 'tool'; did you mean 'tools'"),
         (

@@ -37,6 +37,9 @@ def test_rows_are_read_from_anywhere(tmp_path):
     found = Rows.open(tmp_path / "odd.jsonl")
     assert found.count == 102 and found.read(60, 70) == good[60:70]
     assert found.read(99, 102) == [good[99], {"malformed": "[1]"}, {"malformed": '{"a":'}]
+    deep = "[" * 100_000
+    (tmp_path / "deep.jsonl").write_text(deep)
+    assert Rows.open(tmp_path / "deep.jsonl").read(0, 1) == [{"malformed": deep}]
     with pytest.raises(ValueError, match="must be a .jsonl or .parquet file"):
         Rows.open(tmp_path / "in.csv")
 
@@ -64,6 +67,11 @@ def test_a_job_goes_on_where_it_was(tmp_path):
     job.put_together()
     assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == list(range(10))
     assert make().is_finished() and not job.folder.exists()
+    job.folder.mkdir()  # as it is when that was interrupted
+    job.write(0, [])
+    pytest.importorskip("ray")
+    assert batch.generate(tmp_path / "in.jsonl", tmp_path / "out.jsonl", chunk_size=4) == batch.Summary(10, 0, 0)
+    assert not job.folder.exists()
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +185,14 @@ def test_a_row_that_ends_engines_is_an_error_and_the_others_are_answered(embedde
         return original(self, prompt, params)
 
     monkeypatch.setattr(batch.AsyncLLM, "generate", generate)
-    prompts = ["One", "Two", "poison", "Three"]
-    rows = Rows.open(write_rows(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in prompts]))
-    job = Job.make(rows, tmp_path / "out.jsonl", None, dict(max_tokens=3, ignore_eos=True), 4, {})
+    rows = [{"prompt": prompt} for prompt in ("One", "Two", "poison", "Three")]
+    rows += [{"prompt": "Four", "sampling_params": "x"}, {"prompt": "Five", "malformed": 5}]
+    rows = Rows.open(write_rows(tmp_path / "in.jsonl", rows))
+    job = Job.make(rows, tmp_path / "out.jsonl", None, dict(max_tokens=3, ignore_eos=True), 6, {})
     engine = batch._Engine(job, embedded, ENGINE)
-    assert engine({"chunk": [0]}) == {"num_rows": [4], "num_failed": [1]}
+    assert engine({"chunk": [0]}) == {"num_rows": [6], "num_failed": [2]}
     engine._llm.shutdown()
     answers = job.read(0)
-    assert [answer["num_generated_tokens"] for answer in answers] == [3, 3, None, 3]
+    assert [answer["num_generated_tokens"] for answer in answers] == [3, 3, None, 3, None, 3]
     assert "no engine outlived this row" in answers[2]["error"] and len({*map(id, ended)}) == 3
+    assert "has no attribute 'items'" in answers[4]["error"]

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_VOCAB
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from minivllm import LLM, FlatLogprobs, RepetitionDetectionParams, RequestOutputKind, SamplingParams
+from minivllm.inputs import InputProcessor
 from minivllm.model_config import ModelConfig
 
 PROMPTS = [[1, 2, 3], [(7 * i) % 90 for i in range(40)], [5] * 9 + [8, 5, 8], list(range(60, 85))]
@@ -84,6 +90,7 @@ OPTIONS = [
     dict(presence_penalty=2.0),
     dict(presence_penalty=-1.5, frequency_penalty=0.4, repetition_penalty=1.2),
     dict(logit_bias={3: 4.0, 77: -100.0, 80: 1.5}),
+    dict(logit_bias={token: -math.inf for token in range(3, 90)} | {90: 300.0, 91: -1e39}),
     dict(allowed_token_ids=[2, 3, 5, 7, 11, 13, 17, 90]),
     dict(allowed_token_ids=list(range(40)), logit_bias={7: 2.5}, frequency_penalty=1.0),
 ]
@@ -324,9 +331,12 @@ def test_bad_words(tiny, hugging_face, asynchronous):
         spaced = [[word[0] + 50, *word[1:]] for word in ids]
         known = [word for pair in zip(ids, spaced, strict=True) for word in pair if max(word) < TINY_VOCAB]
         assert llm.engine._bad_word_ids(params) == known != []
-        with pytest.raises(ValueError, match="bad_words leaves none of the allowed_token_ids"):
-            none_left = SamplingParams(bad_words=["w5", "w6"], allowed_token_ids=[5, 55])
-            llm.generate(PROMPTS[0], none_left, use_tqdm=False)
+        for none_left in (
+            dict(bad_words=["w5", "w6"], allowed_token_ids=[5, 55]),
+            dict(bad_words=["w5"], logit_bias={7: -math.inf}, allowed_token_ids=[5, 7]),
+        ):
+            with pytest.raises(ValueError, match="bad_words and logit_bias leave none of the allowed_token_ids"):
+                llm.generate(PROMPTS[0], SamplingParams(**none_left), use_tqdm=False)
         far = SamplingParams(temperature=0, max_tokens=9, bad_words=[f"w{TINY_VOCAB}", "w9"], detokenize=False)
         assert llm.engine._bad_word_ids(far) == [[9], [59]] and llm.generate(PROMPTS[0], far, use_tqdm=False)
         found = run(llm, [*PROMPTS, PROMPTS[0]], [params] * len(PROMPTS) + [plain])
@@ -652,6 +662,8 @@ def stops(text):
     yield [text[50:75]]
     yield [text[60:90], text[80:95], text[70:72] + "@"]
     yield [text[30:50], text[44:50]]
+    yield [text[44:50], text[30:50]]
+    yield [text[44:50], text[44:49]]
     yield ["@@", text[100:101]]
 
 
@@ -659,11 +671,12 @@ def test_stop_strings(story):
     llm, prompt, whole = story
     for stop, include in itertools.product(stops(whole.text), (False, True)):
         params = SamplingParams(temperature=0, max_tokens=60, stop=stop, include_stop_str_in_output=include)
-        # The output ends with the first token that completes a stop string; of several, the one that begins first.
+        # The output ends with the first token that completes a stop string; of several, the one that ends first.
         texts = [llm.get_tokenizer().decode(whole.token_ids[: i + 1]) for i in range(60)]
         length, text = next((i + 1, text) for i, text in enumerate(texts) if any(s in text for s in stop))
-        place, reason = min((text.find(s), s) for s in stop if s in text)
-        expected = text[: place + len(reason) if include else place]
+        end, index = min((text.find(s) + len(s), i) for i, s in enumerate(stop) if s in text)
+        reason = stop[index]
+        expected = text[: end if include else end - len(reason)]
         output = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
         assert (output.text, output.finish_reason, output.stop_reason) == (expected, "stop", reason)
         assert output.token_ids == whole.token_ids[:length]
@@ -722,3 +735,53 @@ def test_decoded_tokens(story):
         assert entry[token].rank == 1 and len(entry) == 2
         for other, found in entry.items():
             assert found.decoded_token == llm.get_tokenizer().decode([other])
+    without = SamplingParams(max_tokens=2, logprobs=2, prompt_logprobs=1, detokenize=False)
+    output = llm.generate(prompt, without, use_tqdm=False)[0]
+    for entry in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]:
+        assert all(found.decoded_token is None for found in entry.values())
+
+
+@pytest.mark.parametrize("text", ["I like 😀日本 a lot, é", "日本語の😀😃"])
+def test_decoded_tokens_of_characters_in_several(embedded, text):
+    """The last token has the character; the texts together are the text."""
+
+    def say(output, logits):
+        return torch.zeros_like(logits).index_fill_(0, torch.tensor([token_ids[len(output)]]), 50.0)
+
+    with LLM(embedded, device="cpu", max_model_len=64, kv_cache_memory_bytes=1 << 24) as llm:
+        token_ids = llm.get_tokenizer()(text).input_ids
+        own = [llm.get_tokenizer().decode([token_id]) for token_id in token_ids]
+        assert any("\ufffd" in one for one in own), "characters that one token does not end"
+        asked = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        entries = llm.generate(text, asked, use_tqdm=False)[0].prompt_logprobs[1:]
+        said = [own[0], *(entry[token].decoded_token for entry, token in zip(entries, token_ids[1:], strict=True))]
+        if "\ufffd" not in own[0]:
+            assert "".join(said) == text and "" in said
+        asked = SamplingParams(temperature=0, max_tokens=len(token_ids), logprobs=2, logits_processors=[say])
+        output = llm.generate("a", asked, use_tqdm=False)[0].outputs[0]
+        said = [entry[token].decoded_token for entry, token in zip(output.logprobs, token_ids, strict=True)]
+        assert output.text == "".join(said) == text and "" in said
+        others = {found.decoded_token for entry in output.logprobs for found in entry.values()}
+        assert not any(other.endswith("\ufffd") for other in others)
+
+
+@pytest.mark.parametrize(
+    ("most", "kept"), [(None, [0, 2, 3, 4]), (3, [0, 3, 4]), (1, [0]), (9, [0, 2, 3, 4]), (-1, [0, 4])]
+)
+def test_what_the_tokenizer_puts_before_a_text_is_not_cut_off(most, kept):
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(["<s>", "<unk>", "a", "b", "c"])}, "<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    inputs = InputProcessor(PreTrainedTokenizerFast(tokenizer_object=words), None, {}, 3)
+    params = SamplingParams(truncate_prompt_tokens=most)
+    assert inputs.check("a b c", params, RequestOutputKind.FINAL_ONLY)[0] == kept
+    assert inputs.check([0, 2, 3, 4], params, RequestOutputKind.FINAL_ONLY)[0] == ([0, 2, 3, 4][-len(kept) :])
+    assert inputs.check("a b c", SamplingParams(), RequestOutputKind.FINAL_ONLY)[0] == [0, 2, 3, 4]
+
+
+def test_more_special_tokens_than_may_stay():
+    words = Tokenizer(WordLevel({"<s>": 0, "a": 1}, "a"))
+    words.post_processor = TemplateProcessing("<s> $A <s>", special_tokens=[("<s>", 0)])
+    inputs = InputProcessor(PreTrainedTokenizerFast(tokenizer_object=words), None, {}, 3)
+    with pytest.raises(ValueError, match=r"truncate_prompt_tokens \(1\) has no room for 2 special tokens"):
+        inputs.check("a", SamplingParams(truncate_prompt_tokens=1), RequestOutputKind.FINAL_ONLY)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -14,13 +12,22 @@ from minivllm.runner.forward_batch import ForwardBatch
 
 
 class TritonBackend(Backend):
+    def __init__(self) -> None:
+        self._no_bias: dict[int, torch.Tensor] = {}  # zeros, for weights with so many outputs and long sums
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        out_size, in_size = weight.shape
+        if out_size >= 4096 and in_size > 4096:
+            self._no_bias[out_size] = torch.zeros(out_size, dtype=weight.dtype, device=weight.device)
+        return weight
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if kernels.has_kernel(x.shape[0], weight):
             return kernels.small_linear(x, weight, bias)
         out_size, in_size = weight.shape
-        if bias is None and x.shape[0] <= 384 and out_size >= 4096 and in_size > 4096:
+        if bias is None and x.shape[0] <= 384 and in_size > 4096:
             # With a bias, torch asks cuBLASLt, whose choice for long sums is up to a third faster on an H100.
-            bias = _zeros(out_size, weight.dtype, weight.device)
+            bias = self._no_bias.get(out_size)
         return F.linear(x, weight, bias)
 
     def fp8_linear(
@@ -112,8 +119,3 @@ class TritonBackend(Backend):
         min_p: torch.Tensor,
     ) -> None:
         kernels.truncate(logits, temperature, top_k, top_p, min_p)
-
-
-@functools.cache
-def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros(size, dtype=dtype, device=device)

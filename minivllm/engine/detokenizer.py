@@ -80,19 +80,21 @@ class Detokenizer:
         return new
 
     def find_stop(self, *, search: bool) -> str | None:
-        """The first stop string in the text, which is cut there; one that began in text searched before counts too.
-        Without `search`, stop strings in the text so far are passed over."""
+        """The stop string that ends first in the text, which is cut there; of several that end together the first in
+        the list; one that began in text searched before counts too.  Without `search`, stop strings in the text so far
+        are passed over."""
         assert isinstance(self._params.stop, list)
         found = []
-        for string in self._params.stop if search else []:
+        for index, string in enumerate(self._params.stop if search else []):
             place = self.text.find(string, max(0, self._num_searched - len(string) + 1))
             if place >= 0:
-                found.append((place, string))
+                found.append((place + len(string), index))
         self._num_searched = len(self.text)
         if not found:
             return None
-        place, string = min(found)
-        self.text = self.text[: place + len(string) if self._params.include_stop_str_in_output else place]
+        end, index = min(found)
+        string = self._params.stop[index]
+        self.text = self.text[: end if self._params.include_stop_str_in_output else end - len(string)]
         return string
 
     def visible_text(self, finished: bool) -> str:

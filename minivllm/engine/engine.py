@@ -123,8 +123,10 @@ class Engine:
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self.tokenizer is None:
                 raise ValueError(f"{name} needs a tokenizer; leave skip_tokenizer_init=True out")
-        if allowed and {tuple(word) for word in self._bad_word_ids(params)} >= {(token_id,) for token_id in allowed}:
-            raise ValueError("bad_words leaves none of the allowed_token_ids to sample")
+        excluded = {token_id for token_id, bias in (params.logit_bias or {}).items() if bias == float("-inf")}
+        excluded |= {word_ids[0] for word_ids in self._bad_word_ids(params) if len(word_ids) == 1}
+        if allowed and excluded >= set(allowed):
+            raise ValueError("bad_words and logit_bias leave none of the allowed_token_ids to sample")
         if self.config.tensor_parallel_size > 1:
             check_importable("logits_processors", params.logits_processors or ())
         self.scheduler.check_fits(self._max_num_tokens(prompt_token_ids, params))
@@ -139,7 +141,6 @@ class Engine:
         if request_id in self._outputs.groups or not self.scheduler.requests.keys().isdisjoint(own_ids):
             raise ValueError(f"request_id {request_id!r} is in use; choose another")
         bad_word_ids = self._bad_word_ids(params)
-        grammar = self._grammar(params)
         requests = []
         for index, own_id in enumerate(own_ids):
             self._num_requests += 1
@@ -158,7 +159,7 @@ class Engine:
                     else params.seed + index,
                     arrival_time=time.monotonic(),
                     bad_word_ids=bad_word_ids,
-                    grammar=None if grammar is None else grammar.copy(),
+                    grammar=self._grammar(params),
                     drafter=NgramDrafter(self._ngram) if self._ngram and params.can_be_drafted else None,
                 )
             )
@@ -201,13 +202,14 @@ class Engine:
             if batch is None:
                 most = min(most, len(self._pending) - 1)  # nothing to do before a result is there
             self._enter_results(most)
+            outputs = self._outputs.outputs(dict.fromkeys(self._progressed))
         except BaseException:
             self._pending.clear()
             self.scheduler.recover()
             self._progressed = self._outputs.ended()
             raise
-        progressed, self._progressed = self._progressed, []
-        return self._outputs.outputs(dict.fromkeys(progressed))
+        self._progressed = []
+        return outputs
 
     def _enter_results(self, most: int) -> None:
         """Wait for steps, oldest first, until at most so many are in flight, and enter what they found out."""

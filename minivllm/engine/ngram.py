@@ -70,8 +70,8 @@ ON_CPU = DraftLimits(16, 0.3)
 
 
 class NgramDrafter:
-    """Of one request.  What drafts are worth it knows without computing any, since the tokens are the same: it watches
-    how many of those that come it would have drafted."""
+    """Of one request.  It learns what drafts are worth without computing any: the tokens are the same with them, so it
+    watches how many of those that come it would have drafted."""
 
     def __init__(self, config: NgramConfig) -> None:
         self._config = config

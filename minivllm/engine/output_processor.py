@@ -14,6 +14,8 @@ from minivllm.engine.request import Request
 from minivllm.outputs import CompletionOutput, FlatLogprobs, Logprob, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
+MAX_TOKENS_BEFORE = 3  # that a character can have begun in: it has four bytes at most
+
 
 @dataclass(slots=True)
 class Sample:
@@ -86,14 +88,17 @@ class OutputProcessor:
         outputs = []
         for request_id, samples in changed.items():
             group = self.groups[request_id]
+            if group.params.output_kind == RequestOutputKind.FINAL_ONLY:
+                if not group.finished:
+                    continue
+                samples = group.samples
+            outputs.append(self._output(group, samples))
+            for sample in samples:
+                sample.has_ended = sample.request.finished
             if group.finished:
                 del self.groups[request_id]
                 for sample in group.samples:
                     del self._places[sample.request]
-            if group.params.output_kind != RequestOutputKind.FINAL_ONLY:
-                outputs.append(self._output(group, samples))
-            elif group.finished:
-                outputs.append(self._output(group, group.samples))
         return outputs
 
     def ended(self) -> list[Request]:
@@ -111,10 +116,10 @@ class OutputProcessor:
             if first.params.prompt_logprobs is None:
                 scores = _scores(first)
             else:
-                ids = first.token_ids[1 : 1 + len(first.prompt_logprobs)]
                 prompt_logprobs = FlatLogprobs() if first.params.flat_logprobs else []
                 prompt_logprobs.append(None)
-                prompt_logprobs.extend(map(self._logprobs, ids, first.prompt_logprobs))
+                for place, entry in enumerate(first.prompt_logprobs, 1):
+                    prompt_logprobs.append(self._logprobs(first, place, entry))
         return RequestOutput(
             request_id=group.request_id,
             prompt=group.prompt,
@@ -131,7 +136,7 @@ class OutputProcessor:
         request = sample.request
         delta = request.params.output_kind == RequestOutputKind.DELTA
         begin = sample.num_reported_tokens if delta else 0
-        sample.num_reported_tokens, sample.has_ended = request.num_output_tokens, request.finished
+        sample.num_reported_tokens = request.num_output_tokens
         token_ids = request.token_ids[request.num_prompt_tokens + begin :]
         text = ""
         if sample.detokenizer is not None:
@@ -168,23 +173,33 @@ class OutputProcessor:
         """Take those of the newest tokens from the request."""
         request = sample.request
         begin, are_top = len(request.token_ids) - len(request.logprobs), request.params.logprob_token_ids is None
-        for token_id, entry in zip(request.token_ids[begin:], request.logprobs, strict=True):
-            sample.logprobs.append(self._logprobs(token_id, entry, are_top))
+        for place, entry in enumerate(request.logprobs, begin):
+            sample.logprobs.append(self._logprobs(request, place, entry, are_top))
             sample.cumulative_logprob += entry.logprob
         request.logprobs.clear()
 
-    def _logprobs(self, token_id: int, entry: TokenLogprobs, are_top: bool = True) -> dict[int, Logprob]:
-        found = {token_id: Logprob(entry.logprob, entry.rank, self._text(token_id))}
+    def _logprobs(self, request: Request, place: int, entry: TokenLogprobs, are_top: bool = True) -> dict[int, Logprob]:
+        """Of the token at a place of the request's, and of others in its stead."""
+        token_id, before = request.token_ids[place], request.token_ids[max(0, place - MAX_TOKENS_BEFORE) : place]
+        text = self._text if self._tokenizer is not None and request.params.detokenize else lambda *_: None
+        found = {token_id: Logprob(entry.logprob, entry.rank, text(token_id, before))}
         for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
-            found.setdefault(other, Logprob(logprob, rank if are_top else None, self._text(other)))
+            found.setdefault(other, Logprob(logprob, rank if are_top else None, text(other, before)))
         return found
 
-    def _text(self, token_id: int) -> str | None:
-        if self._tokenizer is None:
-            return None
+    def _text(self, token_id: int, before: list[int]) -> str:
+        """A token's text behind others.  Of a character that several tokens make up, the last one has all, the others
+        have nothing."""
         if token_id not in self._token_texts:
             self._token_texts[token_id] = self._decode([token_id])
-        return self._token_texts[token_id]
+        text = self._token_texts[token_id]
+        if "\ufffd" not in text:
+            return text
+        for num in range(1, len(before) + 1):
+            whole = self._decode([*before[-num:], token_id])
+            if "\ufffd" not in whole:
+                return whole
+        return "" if text.endswith("\ufffd") else text
 
 
 def _scores(request: Request) -> np.ndarray | None:

@@ -30,7 +30,7 @@ VECTOR_ROWS, VECTOR_COLUMNS, VECTOR_COLUMNS_8BIT = 4, 2048, 1024
 DOT_ROWS, DOT_BYTES, DOT_STAGES = 64, 256, 5
 FLAT_ROWS, FLAT_BYTES, FLAT_STAGES = 32, 512, 4  # for at most MAX_FLAT_ROWS rows of x
 MAX_FLAT_ROWS = 16
-MAX_IN_SIZE = 12288  # of which 17 rows and more are multiplied here, if W has no more outputs than inputs
+MAX_IN_SIZE = 12288  # of which 17 rows and more are multiplied here, if W has fewer outputs than inputs
 PREFETCH_LINES = 4
 
 

@@ -1,7 +1,7 @@
 """StepGraphs: steps captured as CUDA graphs and replayed.
 
 The graph of a decode step runs everything from the embedding of the last sampled tokens to the sampling of the next
-ones, that of a mixed step the model up to its last layer.  There is one for each padded size; the largest is captured
+ones, that of a mixed step the model, without the logits.  There is one for each padded size; the largest is captured
 first and all share one memory pool, so that together they take little more memory than it.
 """
 
@@ -52,15 +52,18 @@ class StepGraphs:
         self, kind: str, sizes: Sequence[int], prepare: Callable[[int], Inputs], run: Callable[[Inputs], Output]
     ) -> None:
         """Capture `run(prepare(size))` for each size, without `prepare`: it puts inputs at fixed addresses, where a
-        replay finds those of its own step.  The outputs have fixed addresses too."""
+        replay finds those of its own step.  The outputs have fixed addresses too.
+
+        `run` must not make a tensor that it keeps: made during capture, it would be worked out by a replay only, in
+        memory that other graphs use.  Kernels may be compiled and loaded then.
+        """
         gc.collect()
-        largest_first = sorted(sizes, reverse=True)
-        for size in largest_first[:1]:
-            run(prepare(size))  # lets libraries set themselves up, which must not happen during capture
-        for size in largest_first:
+        if sizes:
+            run(prepare(max(sizes)))  # lets libraries set themselves up
+        for size in sorted(sizes, reverse=True):
             inputs = prepare(size)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
                 output = run(inputs)
             self._pool = self._pool or graph.pool()
             self._graphs[kind, size] = graph, output

@@ -19,7 +19,8 @@ from minivllm.config import EngineConfig
 from minivllm.engine.batch import ScheduledBatch, StepResult
 from minivllm.loading.weights import WeightSource
 from minivllm.model_config import ModelConfig
-from minivllm.runner.model_runner import ModelRunner, PendingStep
+from minivllm.runner.model_runner import ModelRunner
+from minivllm.runner.pending_step import PendingStep
 from minivllm.runner.shared_masks import SharedMasks
 
 ENVIRONMENT = {
@@ -89,7 +90,9 @@ class WorkersExecutor:
         self._connections: list[Connection] = []
         size = config.tensor_parallel_size
         self._answers: list[deque[Any]] = [deque() for _ in range(size)]  # that nobody has waited for yet
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # chooses a free port
+        self._store: TCPStore | None = TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )  # chooses a free port
         assert config.max_num_seqs is not None
         masks = SharedMasks(config.max_num_seqs, model_config.vocab_size)
         self._masks, self._turn = masks.array, 0  # and which of the two sets was written last
@@ -168,7 +171,7 @@ class WorkersExecutor:
             process.kill()
         for process in self._processes:
             process.wait()
-        self._connections, self._processes = [], []
+        self._connections, self._processes, self._store = [], [], None
 
     def _answer(self, rank: int, timeout: float | None) -> Any:
         """The next answer of a worker.  Raises WorkerError, after all workers were ended, if one of them fails first,

@@ -28,6 +28,6 @@ class ForwardBatch:
     query_tiles: torch.Tensor | None = None  # [tiles, 2] int32: the tiles of prefill attention
     decode_seq_lens: torch.Tensor | None = None  # [num_decodes] int32, −1 for a row that is none; None: of `seq_lens`
     output_tokens: torch.Tensor | None = None  # [S]: of which tokens the model's output is wanted; None: all
-    host_seq_lens: Sequence[int] = ()  # the same on the host, for the torch backend
+    host_seq_lens: Sequence[int] = ()  # seq_lens and query_start_loc on the host, for the torch backend
     host_query_start_loc: Sequence[int] = ()
     plan: Any = None  # what the backend works out in the first layer, for all layers

@@ -52,8 +52,7 @@ def process_logits(
     logits = logits.to(torch.float32, copy=True)
     if batch.token_masks:
         _apply_masks(logits, batch)
-    asked = [(i, slots.allowed_token_ids[slot]) for i, slot in enumerate(rows.tolist())]
-    allowed = [(i, ids) for i, ids in asked if ids is not None]
+    allowed = [(i, ids) for i, slot in enumerate(rows.tolist()) if (ids := slots.allowed_token_ids[slot]) is not None]
     if allowed:
         index = _pairs(allowed, logits.device)
         kept = logits[index]

@@ -1,7 +1,8 @@
 """ModelRunner: a model on one device, its KV cache, and the steps it runs.
 
-The rule of this file: `execute` never waits for the device.  It packs the step's inputs, launches, and returns a handle
-on the tokens.  Token values stay on the device: `last_token[slot]` is written by sampling and read by the next step.
+The rule of this file: `execute` never waits for the device, but where a grammar has to know the token before.  It packs
+the step's inputs, launches, and returns a handle on the tokens.  Token values stay on the device: `last_token[slot]` is
+written by sampling and read by the next step.
 """
 
 from __future__ import annotations
@@ -333,8 +334,8 @@ class ModelRunner:
         return self._upload(mixed_arrays(self.slots, ScheduledBatch(), size), None)
 
     def _profile(self, use_graphs: bool) -> None:
-        """Run the largest steps there can be, options of sampling apart, for their memory to be measured; compiles
-        every kernel on the way.
+        """Run the largest steps there can be, options of sampling apart, for their memory to be measured; compiles on
+        the way what `compile_kernels` has left.
 
         The KV cache is a single block here, which is what a block table of zeros names throughout.
         """

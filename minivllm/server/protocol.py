@@ -132,7 +132,7 @@ class SamplingBody(Body):
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}
         if self.logit_bias is not None:
             try:
-                given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+                given["logit_bias"] = {int(t): min(max(bias, -100.0), 100.0) for t, bias in self.logit_bias.items()}
             except ValueError:
                 raise ApiError(400, "logit_bias: its keys must be token ids", "logit_bias") from None
         if self.prompt_logprobs is not None and self.stream:
