@@ -39,6 +39,6 @@ try:
         chunk_size=args.chunk_size,
         tensor_parallel_size=args.tensor_parallel_size,
     )
-except (ValueError, OSError, ImportError) as error:
+except (ValueError, OSError, ImportError, RuntimeError) as error:
     sys.exit(f"ray_batch.py: {error}")
 print(f"{summary.num_rows} rows, {summary.num_answered_rows} answered now, {summary.num_failed_rows} of them failed")

@@ -6,6 +6,7 @@ the answers of a chunk a second time changes nothing, and what is missing can be
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -71,15 +72,23 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _read_parquet(path: Path, begin: int, end: int) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
-    found, first = [], 0
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            last = first + file.metadata.row_group(group).num_rows
-            if first < end and last > begin:
-                table = file.read_row_group(group)
-                found += table.slice(max(0, begin - first), min(end, last) - max(begin, first)).to_pylist()
-            first = last
+    found, first, changed = [], 0, path.stat().st_mtime_ns
+    metadata = pyarrow.parquet.read_metadata(path)
+    for group in range(metadata.num_row_groups):
+        last = first + metadata.row_group(group).num_rows
+        if first < end and last > begin:
+            table = _row_group(path, changed, group)
+            found += table.slice(max(0, begin - first), min(end, last) - max(begin, first)).to_pylist()
+        first = last
     return found
+
+
+@functools.lru_cache(maxsize=2)  # chunks next to each other are of the same one
+def _row_group(path: Path, changed: int, group: int) -> Any:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.read_row_group(group)
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,11 @@ class Job:
         job = cls(rows, target, sampling_params, chunk_size, identity)
         if not target.exists() and not job.folder.exists():
             job.finished_mark.unlink(missing_ok=True)
-        for known in (job.folder / "job", job.finished_mark):
-            if known.exists() and known.read_text() != identity:
+        known = [job.finished_mark]
+        if any(job.folder.glob("*.jsonl")):  # or nothing was answered, and any other job may have the folder
+            known.append(job.folder / "job")
+        for path in known:
+            if path.exists() and path.read_text() != identity:
                 raise ValueError(
                     f"{target} was begun with another input, model or options; remove "
                     f"{' and '.join(path.name for path in (target, job.folder) if path.exists())}, or choose another "
@@ -141,8 +153,13 @@ class Job:
     def missing_chunks(self) -> list[int]:
         return [chunk for chunk in range(self.num_chunks) if not self.has(chunk)]
 
+    def numbers_of(self, chunk: int) -> range:
+        """Of the rows in a chunk."""
+        return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.rows.count))
+
     def rows_of(self, chunk: int) -> list[dict[str, Any]]:
-        return self.rows.read(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.rows.count))
+        numbers = self.numbers_of(chunk)
+        return self.rows.read(numbers.start, numbers.stop)
 
     def has(self, chunk: int) -> bool:
         return self._part(chunk).exists()
@@ -201,4 +218,6 @@ def write_at_once(path: Path, write: Callable[[Path], Any]) -> None:
     """Let a file appear with all of its content."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     write(scratch)
+    with scratch.open("rb") as file:
+        os.fsync(file.fileno())  # or the name could be there before the content, should the host go down
     scratch.replace(path)

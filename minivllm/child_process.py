@@ -39,11 +39,20 @@ def start_process(
             env={
                 **(environment or {}),
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                "PYTHONPATH": os.pathsep.join(_module_path()),
             },
             stdin=subprocess.DEVNULL,
         )
     return process, Connection(ours.detach())
+
+
+def _module_path() -> list[str]:
+    """Where this process finds modules."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was removed
+        here = ""
+    return [found for path in sys.path if isinstance(path, str) and (found := path or here)]
 
 
 def set_write_timeout(connection: Connection, seconds: float) -> None:

@@ -31,6 +31,7 @@ from minivllm.metrics import Metric, collect
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 Packed = tuple[str, bool, int, list[tuple[Any, ...]], tuple[Any, ...], tuple[Any, Any]]
+CHECK_SECONDS = 1.0  # between looks at the workers of an engine without requests
 METRICS_SECONDS = 0.5  # between figures at most, while steps have no outputs
 CALLS = ("reset_prefix_cache", "check_integrity")
 
@@ -75,23 +76,28 @@ def unpack(packed: Packed, prompt: str | None, prompt_token_ids: list[int]) -> R
 class EngineLoop:
     """Steps an engine for as long as it has requests, and does what the parent says in between."""
 
-    def __init__(self, llm: Any, connection: Connection) -> None:
-        self._engine = llm.engine
+    def __init__(self, connection: Connection) -> None:
+        self._engine: Any = None
         self._connection = connection
-        self._commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self.commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._reported = 0.0
         self._sender = threading.Thread(target=self._send, daemon=True)
-
-    def run(self) -> None:
-        """Never returns but by a failure of the engine, of which the parent is told."""
         threading.Thread(target=self._receive, daemon=True).start()
+
+    def run(self, llm: Any) -> None:
+        """Never returns but by a failure of the engine, of which the parent is told."""
+        self._engine = llm.engine
         self._sender.start()
         try:
             while True:
                 idle = not self._engine.has_unfinished_requests()
-                while idle or not self._commands.empty():
-                    word, *arguments = self._commands.get()
+                while idle or not self.commands.empty():
+                    try:
+                        word, *arguments = self.commands.get(timeout=CHECK_SECONDS)
+                    except queue.Empty:
+                        self._engine.executor.check()
+                        continue
                     self._do(word, *arguments)
                     idle = False
                 if self._engine.has_unfinished_requests():
@@ -130,13 +136,17 @@ class EngineLoop:
     def _receive(self) -> None:
         try:
             while True:
-                self._commands.put(self._connection.recv())
+                self.commands.put(self._connection.recv())
         except (EOFError, OSError):
-            self._engine.executor.shutdown()  # workers end with it
+            if self._engine is not None:  # or workers that are about to start see that this process is gone
+                self._engine.executor.shutdown()
             os._exit(0)  # the parent is gone, or wants no more
-        except Exception:  # what was sent cannot be read
-            self._say_dead()
-            self._engine.executor.shutdown()
+        except Exception as error:  # what was sent cannot be read
+            if self._engine is None:
+                say_failed(self._connection, error)
+            else:
+                self._say_dead()
+                self._engine.executor.shutdown()
             os._exit(1)
 
     def _say_dead(self) -> None:
@@ -159,16 +169,14 @@ class EngineLoop:
 def main(file_descriptor: int) -> None:
     """What the process runs: makes the LLM that its parent describes over the connection, and serves it."""
     connection = Connection(file_descriptor)
+    loop = EngineLoop(connection)
     try:
         from minivllm.llm import LLM  # takes seconds, in which the parent finds the model's files
 
-        try:
-            model, arguments = connection.recv()
-        except EOFError:
-            return  # it has found none
+        model, arguments = loop.commands.get()
         llm = LLM(model, **arguments)
     except BaseException as error:
-        connection.send(("failed", error if isinstance(error, (ValueError, OSError)) else None, traceback.format_exc()))
+        say_failed(connection, error)
         return
     config = llm.config
     facts = EngineFacts(
@@ -179,4 +187,9 @@ def main(file_descriptor: int) -> None:
     gc.collect()
     gc.freeze()  # what is there stays: a collection that goes through it takes a dozen steps' time
     connection.send(("ready", facts))
-    EngineLoop(llm, connection).run()
+    loop.run(llm)
+
+
+def say_failed(connection: Connection, error: BaseException) -> None:
+    """Of the error at hand, in place of "ready"."""
+    connection.send(("failed", error if isinstance(error, (ValueError, OSError)) else None, traceback.format_exc()))

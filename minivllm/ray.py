@@ -76,7 +76,7 @@ def generate(
     for number in (concurrency,) if isinstance(concurrency, int) else concurrency:
         check_int("concurrency", number, 1)
     given = dict(sampling_params or {})
-    SamplingParams(**given)  # mistakes show before anything is started
+    _one_answer(SamplingParams(**given))  # mistakes show before anything is started
     job = Job.make(rows, target, model, given, chunk_size, engine_arguments)
     if job.is_finished():
         job.remove_parts()
@@ -106,14 +106,25 @@ def generate(
             num_gpus=num_gpus,
             max_concurrency=CHUNKS_AT_ONCE,
         )
-        done = rows.count - sum(len(job.rows_of(chunk)) for chunk in missing)
+        done = rows.count - sum(len(job.numbers_of(chunk)) for chunk in missing)
         with tqdm(total=rows.count, initial=done, unit="row", desc="Answered", disable=not show_progress) as bar:
-            for row in answered.iter_rows():
-                num_answered += row["num_rows"]
-                num_failed += row["num_failed"]
-                bar.update(row["num_rows"])
+            try:
+                for row in answered.iter_rows():
+                    num_answered += row["num_rows"]
+                    num_failed += row["num_failed"]
+                    bar.update(row["num_rows"])
+            except ray.exceptions.RayError as error:
+                raise RuntimeError(
+                    f"the job has stopped, and goes on where it was when started again: {error}"
+                ) from error
     job.put_together()
     return Summary(rows.count, num_answered, num_failed)
+
+
+def _one_answer(params: SamplingParams) -> SamplingParams:
+    if params.n != 1:
+        raise ValueError(f"n must be 1, got {params.n}: a row has one answer")
+    return params
 
 
 def _has_gpus(ray: Any) -> bool:
@@ -171,7 +182,7 @@ class _Engine:
             own = row.get("sampling_params") or {}
             own = {name: value for name, value in own.items() if value is not None}  # Parquet fills in what others have
             options = self._llm.inputs.default_options() | self._job.sampling_params | own
-            params = SamplingParams(**options, output_kind=RequestOutputKind.FINAL_ONLY)
+            params = _one_answer(SamplingParams(**options, output_kind=RequestOutputKind.FINAL_ONLY))
             prompt = await self._llm.with_tokenizer(self._prompt, row)
             output: RequestOutput
             async for output in self._llm.generate(prompt, params):

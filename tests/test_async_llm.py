@@ -12,6 +12,7 @@ import pytest
 
 from minivllm import LLM, RequestOutputKind, SamplingParams
 from minivllm.async_llm import AsyncLLM, EngineDeadError
+from minivllm.child_process import start_process
 from minivllm.engine_process import pack, unpack
 from minivllm.output_stream import merge
 
@@ -276,6 +277,24 @@ time.sleep(60)
             return  # ended; nobody has asked for its status
         time.sleep(0.05)
     raise AssertionError(f"the engine's process is still there ({state})")
+
+
+def test_an_engine_that_is_about_to_start_ends_with_its_parent(tmp_path, monkeypatch):
+    (tmp_path / "slow_engine.py").write_text(
+        "import time\n"
+        "from pathlib import Path\n"
+        "import minivllm.llm\n"
+        "from minivllm.engine_process import main\n"
+        "minivllm.llm.LLM.__init__ = lambda self, model: (Path(model).touch(), time.sleep(60))[1]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    process, connection = start_process("slow_engine")
+    connection.send((str(tmp_path / "begun"), {}))
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    connection.close()
+    assert process.wait(5) == 0
 
 
 def test_its_process_takes_no_modules_from_the_folder_it_is_in(tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ray_engines
 
-from minivllm import LLM, SamplingParams
+from minivllm import LLM, SamplingParams, batch_job
 from minivllm.batch_job import Job, Rows
 
 ENGINE = dict(device="cpu", max_model_len=256, max_num_seqs=32, block_size=16, kv_cache_memory_bytes=1 << 27)
@@ -32,6 +32,9 @@ def test_rows_are_read_from_anywhere(tmp_path):
     found = Rows.open(tmp_path / "in.parquet")
     for begin, end in ((0, 3), (69, 71), (128, 300), (299, 300)):
         assert found.read(begin, end) == rows[begin:end]
+    reads = batch_job._row_group.cache_info().misses
+    assert [found.read(i, i + 1) for i in range(140, 210)] == [[row] for row in rows[140:210]]
+    assert batch_job._row_group.cache_info().misses <= reads + 1, "a group is not read for each of its rows"
     good = [{"id": i} for i in range(100)]
     (tmp_path / "odd.jsonl").write_text("\n" + "\n \n".join(map(json.dumps, good)) + '\n[1]\n\n{"a": \n')
     found = Rows.open(tmp_path / "odd.jsonl")
@@ -52,6 +55,8 @@ def test_a_job_goes_on_where_it_was(tmp_path):
 
     job = make()
     assert job.missing_chunks() == [0, 1, 2] and [len(job.rows_of(chunk)) for chunk in range(3)] == [4, 4, 2]
+    assert make(chunk_size=5).missing_chunks() == [0, 1], "another one may take over what has no answers yet"
+    job = make()
     job.write(1, [{"error": None}] * 4)
     assert make().missing_chunks() == [0, 2]
     with pytest.raises(ValueError, match="was begun with another input, model or options; remove out.jsonl.parts, or"):
@@ -136,6 +141,16 @@ def test_every_row_once_while_an_actor_and_a_node_die(cluster, embedded, tmp_pat
         batch.generate(source, target, embedded, sampling_params=dict(max_tokens=5), chunk_size=20, **ENGINE)
 
 
+def test_an_engine_that_cannot_start_is_an_error(cluster, embedded, tmp_path):
+    from minivllm import ray as batch
+
+    source, target = write_rows(tmp_path / "in.jsonl", [{"prompt": "One"}]), tmp_path / "out.jsonl"
+    options = dict(num_cpus=1, show_progress=False, sampling_params=dict(max_tokens=2))
+    with pytest.raises(RuntimeError, match="max_model_len"):
+        batch.generate(source, target, embedded, **options, **ENGINE | dict(max_model_len=10**9))
+    assert batch.generate(source, target, embedded, **options, **ENGINE) == batch.Summary(1, 1, 0)
+
+
 def test_parquet(cluster, embedded, tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     from minivllm import ray as batch
@@ -165,6 +180,8 @@ def test_mistakes(tmp_path):
         batch.generate(source, tmp_path / "out.parquet")
     with pytest.raises(ValueError, match="temperature must be"):
         batch.generate(source, tmp_path / "out.jsonl", sampling_params=dict(temperature=-1))
+    with pytest.raises(ValueError, match="n must be 1, got 2"):
+        batch.generate(source, tmp_path / "out.jsonl", sampling_params=dict(n=2, temperature=1))
     with pytest.raises(FileNotFoundError):
         batch.generate(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
     (tmp_path / "out.jsonl").write_text("mine")
@@ -187,12 +204,13 @@ def test_a_row_that_ends_engines_is_an_error_and_the_others_are_answered(embedde
     monkeypatch.setattr(batch.AsyncLLM, "generate", generate)
     rows = [{"prompt": prompt} for prompt in ("One", "Two", "poison", "Three")]
     rows += [{"prompt": "Four", "sampling_params": "x"}, {"prompt": "Five", "malformed": 5}]
+    rows += [{"prompt": "Six", "sampling_params": {"n": 2}}]
     rows = Rows.open(write_rows(tmp_path / "in.jsonl", rows))
-    job = Job.make(rows, tmp_path / "out.jsonl", None, dict(max_tokens=3, ignore_eos=True), 6, {})
+    job = Job.make(rows, tmp_path / "out.jsonl", None, dict(max_tokens=3, ignore_eos=True), 7, {})
     engine = batch._Engine(job, embedded, ENGINE)
-    assert engine({"chunk": [0]}) == {"num_rows": [6], "num_failed": [2]}
+    assert engine({"chunk": [0]}) == {"num_rows": [7], "num_failed": [3]}
     engine._llm.shutdown()
     answers = job.read(0)
-    assert [answer["num_generated_tokens"] for answer in answers] == [3, 3, None, 3, None, 3]
+    assert [answer["num_generated_tokens"] for answer in answers] == [3, 3, None, 3, None, 3, None]
     assert "no engine outlived this row" in answers[2]["error"] and len({*map(id, ended)}) == 3
-    assert "has no attribute 'items'" in answers[4]["error"]
+    assert "has no attribute 'items'" in answers[4]["error"] and "n must be 1, got 2" in answers[6]["error"]

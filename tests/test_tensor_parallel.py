@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minivllm import LLM, SamplingParams
+from minivllm import LLM, SamplingParams, child_process
 from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.loading.weights import fill_dummy, load_weights
 from minivllm.parallel import Parts, Share, TensorParallel
@@ -396,6 +398,70 @@ def test_every_waiting_caller_hears_of_it_and_engines_do_not_disturb_each_other(
 
         asyncio.run(run())
         assert len(tokens(other.generate(PROMPTS, GREEDY, use_tqdm=False))) == len(PROMPTS)
+
+
+def test_a_worker_that_ends_while_there_are_no_requests_is_noticed(tiny):
+    with AsyncLLM(tiny("mha"), tensor_parallel_size=2, **OPTIONS) as llm:
+        children = subprocess.run(["pgrep", "-P", str(llm._process.pid)], capture_output=True, text=True).stdout
+        assert not llm.errored
+        os.kill(int(children.split()[1]), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while not llm.errored:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert "has ended with status -9" in str(llm.dead_error())
+
+
+def test_time_in_which_all_processes_are_stopped_does_not_count(monkeypatch):
+    class Connection:
+        def recv(self):
+            return "done", 5
+
+    def waits(*seconds):
+        """Let waiting take so long, or as long as it may (0); the worker answers after the last."""
+        now, left = [0.0], list(seconds)
+
+        def wait(connections, timeout):
+            if not left:
+                return connections
+            assert timeout <= 1
+            now[0] += left.pop(0) or timeout
+            return []
+
+        monkeypatch.setattr(executor, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr(executor, "wait", wait)
+        waiting = executor.WorkersExecutor.__new__(executor.WorkersExecutor)
+        waiting._answers, waiting._connections, waiting._processes = [deque()], [Connection()], []
+        waiting._fail = lambda reason: (_ for _ in ()).throw(WorkerError(reason))
+        return waiting._answer(0, 3.5)
+
+    assert waits(0, 100, 0) == 5
+    with pytest.raises(WorkerError, match="no worker has answered"):
+        waits(0, 0, 0, 0)
+
+
+def listening():
+    """Addresses and ports of this host, in hexadecimal."""
+    lines = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()]
+    return {line[1] for line in lines if line[3] == "0A"}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="needs /proc")
+def test_workers_meet_where_no_other_host_gets(tiny):
+    with LLM(tiny("mha"), tensor_parallel_size=2, **OPTIONS) as llm:
+        port = f":{llm._executor._store.port:04X}"
+        assert [place for place in listening() if place.endswith(port)] == ["0100007F" + port]
+        llm.shutdown()
+        assert not [place for place in listening() if place.endswith(port)]
+
+
+def test_workers_find_what_the_engine_finds(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", ["/a", tmp_path, "", "/b"])
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert child_process._module_path() == ["/a", str(tmp_path / "here"), "/b"]
+    (tmp_path / "here").rmdir()
+    assert child_process._module_path() == ["/a", "/b"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

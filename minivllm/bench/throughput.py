@@ -72,6 +72,9 @@ class RecordingExecutor:
         self.note(now)
         return pending
 
+    def check(self) -> None:
+        self.executor.check()
+
     def shutdown(self) -> None:
         self.executor.shutdown()
 

@@ -42,6 +42,9 @@ class Executor(Protocol):
     def execute(self, batch: ScheduledBatch) -> PendingTokens:
         """Launch a step."""
 
+    def check(self) -> None:
+        """Raise if there is nobody left to run them."""
+
     def shutdown(self) -> None:
         """Free what it holds."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import pickle
 import signal
+import socket
 import subprocess
 import time
 from collections import deque
@@ -64,6 +66,9 @@ class LocalExecutor:
         assert self.runner is not None, "the executor was shut down"
         return self.runner.execute(batch)
 
+    def check(self) -> None:
+        """There is nothing that could have ended."""
+
     def shutdown(self) -> None:
         """Free the model, the KV cache and the CUDA graphs."""
         self.runner = None
@@ -90,9 +95,11 @@ class WorkersExecutor:
         self._connections: list[Connection] = []
         size = config.tensor_parallel_size
         self._answers: list[deque[Any]] = [deque() for _ in range(size)]  # that nobody has waited for yet
+        listener = socket.create_server(("127.0.0.1", 0))  # at a free port, for this host alone
         self._store: TCPStore | None = TCPStore(
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )  # chooses a free port
+            "127.0.0.1", listener.getsockname()[1], is_master=True, wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
         assert config.max_num_seqs is not None
         masks = SharedMasks(config.max_num_seqs, model_config.vocab_size)
         self._masks, self._turn = masks.array, 0  # and which of the two sets was written last
@@ -162,6 +169,11 @@ class WorkersExecutor:
         self._lost = self._lost or reason
         self.shutdown()
 
+    def check(self) -> None:
+        """Raise WorkerError if a worker has ended."""
+        if any(process.poll() is not None for process in self._processes):
+            self._fail()
+
     def shutdown(self) -> None:
         """End the workers."""
         self._lost = self._lost or "the executor was shut down"
@@ -176,10 +188,12 @@ class WorkersExecutor:
     def _answer(self, rank: int, timeout: float | None) -> Any:
         """The next answer of a worker.  Raises WorkerError, after all workers were ended, if one of them fails first,
         or if none comes within `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        left = math.inf if timeout is None else timeout
         while not self._answers[rank]:
-            ready = wait(self._connections, None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if not ready:
+            seconds, begin = max(0.0, min(left, 1.0)), time.monotonic()
+            ready = wait(self._connections, seconds)
+            left -= min(time.monotonic() - begin, seconds)  # but for the time in which all processes were stopped
+            if not ready and left <= 0:
                 self._fail(reason=self._silence(timeout))
             for other, connection in enumerate(self._connections):
                 if connection in ready:
