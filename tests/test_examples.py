@@ -126,7 +126,7 @@ def test_ctrl_c_ends_a_chat_without_a_terminal():
         env=ENVIRONMENT,
     )  # fmt: skip
     try:
-        process.stdin.write(b"Hi\n")
+        process.stdin.write(b"Tell me a long story about a fox and a crow.\n")
         process.stdin.flush()
         os.read(process.stdout.fileno(), 4096)  # of an answer
         time.sleep(0.2)
