@@ -775,7 +775,7 @@ def test_outputs_that_cannot_be_made_are_made_by_the_next_step(either_llm, monke
             num_errors += 1
             llm.engine.scheduler.check_integrity()
     assert num_errors == 2 and [tokens[i] for i in range(len(PROMPTS))] == expected
-    assert not llm.engine.request_ids
+    assert not llm.engine.request_ids and not llm.engine._outputs.ended()
 
 
 def test_a_handler_of_ctrl_c_that_is_not_python_s_is_left_alone(monkeypatch):

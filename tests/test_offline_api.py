@@ -184,7 +184,8 @@ def test_beam_search(tiny, hugging_face, ends, length_penalty):
             assert [sequence.tokens for sequence in output.sequences] == [tokens for tokens, _ in expected]
             for sequence, (tokens, total) in zip(output.sequences, expected, strict=True):
                 assert sequence.cum_logprob == pytest.approx(total, abs=1e-3)
-                assert sequence.finish_reason == ("stop" if tokens[-1] in ends else "length")
+                end = ("stop", tokens[-1]) if tokens[-1] in ends else ("length", None)
+                assert (sequence.finish_reason, sequence.stop_reason) == end
                 assert len(sequence.logprobs) == len(tokens) - len(prompt) and sequence.text is None
         if ends:
             ignoring = BeamSearchParams(beam_width=4, max_tokens=7, length_penalty=length_penalty, ignore_eos=True)

@@ -90,7 +90,8 @@ OPTIONS = [
     dict(presence_penalty=2.0),
     dict(presence_penalty=-1.5, frequency_penalty=0.4, repetition_penalty=1.2),
     dict(logit_bias={3: 4.0, 77: -100.0, 80: 1.5}),
-    dict(logit_bias={token: -math.inf for token in range(3, 90)} | {90: 300.0, 91: -1e39}),
+    dict(logit_bias={token: -math.inf for token in range(3, 90)} | {90: 300.0}),
+    dict(allowed_token_ids=[90, 91], logit_bias={90: -150.0, 91: -1e39}),
     dict(allowed_token_ids=[2, 3, 5, 7, 11, 13, 17, 90]),
     dict(allowed_token_ids=list(range(40)), logit_bias={7: 2.5}, frequency_penalty=1.0),
 ]

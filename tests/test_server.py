@@ -16,6 +16,7 @@ from conftest import RunningServer
 
 from minivllm import LLM, SamplingParams
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.server.protocol import ApiError, CompletionBody
 
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -90,6 +91,13 @@ def test_completions(server, offline):
     ]
     assert complete(server, prompt=ids[1], max_tokens=8)["choices"][0]["text"] == expected[1].outputs[0].text
     assert complete(server, prompt="x")["usage"]["completion_tokens"] <= 16
+
+
+def test_biases_beyond_100_count_as_100():
+    body = CompletionBody(prompt="a", logit_bias={"1": 1000.0, "2": -1e9, "3": 0.5})
+    assert body.sampling_params({}).logit_bias == {1: 100.0, 2: -100.0, 3: 0.5}
+    with pytest.raises(ApiError, match="logit_bias must be"):
+        CompletionBody(prompt="a", logit_bias={"1": float("nan")}).sampling_params({})
 
 
 def test_completions_streamed(server):
