@@ -778,6 +778,19 @@ def test_outputs_that_cannot_be_made_are_made_by_the_next_step(either_llm, monke
     assert not llm.engine.request_ids and not llm.engine._outputs.ended()
 
 
+def test_an_end_is_reported_once(either_llm):
+    """Also if a step fails after it: what has ended is not due again."""
+    llm, _ = either_llm
+    params = SamplingParams(n=4, seed=1, max_tokens=40, stop_token_ids=list(range(5, 25)), ignore_eos=True)
+    llm.engine.add_request("x", [1, 2, 3], params)
+    num_ended = set()
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+        assert not llm.engine._outputs.ended()
+        num_ended |= {sum(s.has_ended for s in group.samples) for group in llm.engine._outputs.groups.values()}
+    assert num_ended & {1, 2, 3}, "some end before the others"
+
+
 def test_a_handler_of_ctrl_c_that_is_not_python_s_is_left_alone(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(signal, "getsignal", lambda number: None)

@@ -357,6 +357,8 @@ def test_generation_config_overrides(tiny):
 
 
 def test_params_can_be_cloned(llm):
+    biases = {1: -1e39, 2: float("-inf"), 3: 250, 4: -1000}
+    assert SamplingParams(logit_bias=biases).logit_bias == biases | {1: float("-inf")}
     params = SamplingParams(logit_bias={3: 1.0}, stop_token_ids=[4], logits_processors=[print])
     other = params.clone()
     other.logit_bias[3], other.stop_token_ids[0] = 2.0, 5
