@@ -180,23 +180,24 @@ class OutputProcessor:
 
     def _logprobs(self, request: Request, place: int, entry: TokenLogprobs, are_top: bool = True) -> dict[int, Logprob]:
         """Of the token at a place of the request's, and of others in its stead."""
-        token_id, before = request.token_ids[place], request.token_ids[max(0, place - MAX_TOKENS_BEFORE) : place]
-        text = self._text if self._tokenizer is not None and request.params.detokenize else lambda *_: None
-        found = {token_id: Logprob(entry.logprob, entry.rank, text(token_id, before))}
+        token_id = request.token_ids[place]
+        found = {token_id: Logprob(entry.logprob, entry.rank, self._text(token_id, request, place))}
         for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
-            found.setdefault(other, Logprob(logprob, rank if are_top else None, text(other, before)))
+            found.setdefault(other, Logprob(logprob, rank if are_top else None, self._text(other, request, place)))
         return found
 
-    def _text(self, token_id: int, before: list[int]) -> str:
-        """A token's text behind others.  Of a character that several tokens make up, the last one has all, the others
-        have nothing."""
+    def _text(self, token_id: int, request: Request, place: int) -> str | None:
+        """A token's text at a place of the request's.  Of a character that several tokens make up, the last one has
+        all, the others have nothing."""
+        if self._tokenizer is None or not request.params.detokenize:
+            return None
         if token_id not in self._token_texts:
             self._token_texts[token_id] = self._decode([token_id])
         text = self._token_texts[token_id]
         if "\ufffd" not in text:
             return text
-        for num in range(1, len(before) + 1):
-            whole = self._decode([*before[-num:], token_id])
+        for begin in range(place - 1, max(0, place - MAX_TOKENS_BEFORE) - 1, -1):
+            whole = self._decode([*request.token_ids[begin:place], token_id])
             if "\ufffd" not in whole:
                 return whole
         return "" if text.endswith("\ufffd") else text
