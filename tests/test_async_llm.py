@@ -173,6 +173,30 @@ def test_a_dead_engine_is_an_error_for_everybody(tiny):
         asyncio.run(run())
 
 
+def test_an_answer_that_cannot_be_taken_is_an_error_for_everybody(tiny):
+    with AsyncLLM(tiny("mha"), **OPTIONS) as llm:
+
+        async def run():
+            waiting = asyncio.ensure_future(last(llm.generate([1], LONG)))
+            await asyncio.sleep(0.1)
+            llm._send("call", 999, "check_integrity")  # nobody's
+            with pytest.raises(EngineDeadError, match="cannot be read: KeyError"):
+                await asyncio.wait_for(waiting, 10)
+            assert llm.errored
+
+        asyncio.run(run())
+
+
+def test_outputs_that_cannot_be_sent_are_an_error_for_everybody(tiny, tmp_path, monkeypatch):
+    (tmp_path / "mute_engine.py").write_text(
+        "import minivllm.engine_process as e\nmain, e.collect = e.main, lambda scheduler: lambda: None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("minivllm.async_llm.start_process", lambda module, *rest: start_process("mute_engine", *rest))
+    with AsyncLLM(tiny("mha"), **OPTIONS) as llm, pytest.raises(EngineDeadError, match="its process is gone"):
+        asyncio.run(asyncio.wait_for(last(llm.generate([1], LONG)), 20))
+
+
 def test_functions_that_the_engine_cannot_import_harm_nobody_else(tiny, tmp_path, monkeypatch):
     """Here of a module that is found in this process alone."""
     (tmp_path / "only_here.py").write_text("def keep(token_ids, logits):\n    return logits\n")

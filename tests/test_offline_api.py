@@ -5,7 +5,7 @@ import torch
 from conftest import TINY_VOCAB
 from tqdm import tqdm
 
-from minivllm import LLM, BeamSearchParams, SamplingParams, TextPrompt, TokensPrompt
+from minivllm import LLM, BeamSearchParams, SamplingParams, TextPrompt, TokensPrompt, sampling_params
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -206,7 +206,10 @@ def test_arguments_of_vllm_that_ask_for_nothing(llm):
     params, messages = SamplingParams(temperature=0, max_tokens=2), MESSAGES
     nothing = dict(lora_request=None, mm_processor_kwargs=None, priority=None)
     expected = llm.generate("a", params, use_tqdm=False)[0].outputs[0].token_ids
-    assert llm.generate("a", params, use_tqdm=False, **nothing)[0].outputs[0].token_ids == expected
+    output = llm.generate("a", params, use_tqdm=False, **nothing)[0]
+    assert output.outputs[0].token_ids == expected
+    assert output.lora_request is output.encoder_prompt is output.kv_transfer_params is output.outputs[0].lora_request
+    assert output.lora_request is None and sampling_params.BeamSearchParams is BeamSearchParams
     assert llm.chat(messages, params, False, chat_template_content_format="auto", **nothing)
     assert llm.beam_search("a", BeamSearchParams(beam_width=1, max_tokens=1), use_tqdm=True, lora_request=None)
     for call, message in (
@@ -256,6 +259,7 @@ def test_wrong_beam_searches(llm, options, message):
 def test_metrics(tiny):
     with LLM(tiny("mha"), skip_tokenizer_init=True, device="cpu", block_size=16) as llm:
         names = {metric.name for metric in llm.get_metrics()}
+        assert all(metric.labels == {} for metric in llm.get_metrics())
         for _ in range(2):
             llm.generate([list(range(40)), [1] * 5], SamplingParams(max_tokens=7), use_tqdm=False)
         values = {metric.name.removeprefix("vllm:"): metric.value for metric in llm.get_metrics()}
@@ -357,6 +361,7 @@ def test_generation_config_overrides(tiny):
 
 
 def test_params_can_be_cloned(llm):
+    assert SamplingParams(logprobs=True, prompt_logprobs=True) == SamplingParams(logprobs=1, prompt_logprobs=1)
     biases = {1: -1e39, 2: float("-inf"), 3: 250, 4: -1000}
     assert SamplingParams(logit_bias=biases).logit_bias == biases | {1: float("-inf")}
     params = SamplingParams(logit_bias={3: 1.0}, stop_token_ids=[4], logits_processors=[print])
