@@ -85,9 +85,10 @@ class EngineLoop:
         self._sender = threading.Thread(target=self._send, daemon=True)
         threading.Thread(target=self._receive, daemon=True).start()
 
-    def run(self, llm: Any) -> None:
+    def run(self, llm: Any, facts: EngineFacts) -> None:
         """Never returns but by a failure of the engine, of which the parent is told."""
         self._engine = llm.engine
+        self._messages.put(("ready", facts))
         self._sender.start()
         try:
             while True:
@@ -108,13 +109,12 @@ class EngineLoop:
 
     def _do(self, word: str, *arguments: Any) -> None:
         if word == "add":
-            request_id, token_ids, params, prompt = arguments
-            wrong = None
             try:
-                self._engine.add_request(request_id, token_ids, pickle.loads(params), prompt)
-            except Exception as error:  # whatever functions, a tokenizer or a grammar come to: the others go on
-                wrong = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            self._messages.put(("added", request_id, wrong))
+                self._engine.add_request(*arguments)
+            except Exception as error:
+                self._refuse(arguments[0], error)
+            else:
+                self._messages.put(("added", arguments[0], None))
         elif word == "abort":
             self._report(self._engine.abort_requests(*arguments))
         elif word == "call":
@@ -135,19 +135,39 @@ class EngineLoop:
 
     def _receive(self) -> None:
         try:
+            self.commands.put(self._connection.recv())
             while True:
-                self.commands.put(self._connection.recv())
+                word, *arguments = self._connection.recv()
+                if word == "add":
+                    self._prepare(*arguments)
+                else:
+                    self.commands.put((word, *arguments))
         except (EOFError, OSError):
             if self._engine is not None:  # or workers that are about to start see that this process is gone
                 self._engine.executor.shutdown()
             os._exit(0)  # the parent is gone, or wants no more
-        except Exception as error:  # what was sent cannot be read
+        except BaseException as error:  # what was sent cannot be read, or ends the program
             if self._engine is None:
                 say_failed(self._connection, error)
             else:
                 self._say_dead()
                 self._engine.executor.shutdown()
             os._exit(1)
+
+    def _prepare(self, request_id: str, token_ids: list[int], pickled_params: bytes, prompt: str | None) -> None:
+        """What may take long for a new request, while steps go on: whatever its parameters import, and its grammar."""
+        try:
+            params = pickle.loads(pickled_params)
+            self._engine.start_grammar(params.structured_outputs)
+        except Exception as error:
+            self._refuse(request_id, error)
+        else:
+            self.commands.put(("add", request_id, token_ids, params, prompt))
+
+    def _refuse(self, request_id: str, error: Exception) -> None:
+        """Whatever functions, a tokenizer or a grammar come to: the others go on."""
+        wrong = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        self._messages.put(("added", request_id, wrong))
 
     def _say_dead(self) -> None:
         """Of the error at hand, and of nothing after it."""
@@ -186,8 +206,7 @@ def main(file_descriptor: int) -> None:
     )
     gc.collect()
     gc.freeze()  # what is there stays: a collection that goes through it takes a dozen steps' time
-    connection.send(("ready", facts))
-    loop.run(llm)
+    loop.run(llm, facts)
 
 
 def say_failed(connection: Connection, error: BaseException) -> None:

@@ -15,6 +15,7 @@ from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.child_process import start_process
 from minivllm.engine_process import pack, unpack
 from minivllm.output_stream import merge
+from minivllm.sampling_params import StructuredOutputsParams
 
 PROMPTS = [[1 + i, 2, 3 + 2 * i, 4] * (1 + i % 3) for i in range(12)]
 OPTIONS = dict(device="cpu", skip_tokenizer_init=True, block_size=16, max_num_seqs=6)
@@ -195,6 +196,35 @@ def test_outputs_that_cannot_be_sent_are_an_error_for_everybody(tiny, tmp_path, 
     monkeypatch.setattr("minivllm.async_llm.start_process", lambda module, *rest: start_process("mute_engine", *rest))
     with AsyncLLM(tiny("mha"), **OPTIONS) as llm, pytest.raises(EngineDeadError, match="its process is gone"):
         asyncio.run(asyncio.wait_for(last(llm.generate([1], LONG)), 20))
+
+
+def test_no_step_waits_for_a_grammar_to_be_compiled(embedded, tmp_path, monkeypatch):
+    (tmp_path / "slow_engine.py").write_text(
+        "import time, minivllm.engine_process as e, minivllm.engine.grammar as g\n"
+        "main, compile = e.main, g.GrammarCompiler._compile\n"
+        "g.GrammarCompiler._compile = lambda *arguments: time.sleep(2) or compile(*arguments)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("minivllm.async_llm.start_process", lambda module, *rest: start_process("slow_engine", *rest))
+    asked = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    wrong = SamplingParams(structured_outputs=StructuredOutputsParams(regex="["))
+
+    async def run():
+        with AsyncLLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 26) as llm:
+            steady = await llm.add_request([1, 2, 3], LONG)
+            answer = asyncio.ensure_future(last(llm.generate([1], asked)))
+            refused = asyncio.ensure_future(last(llm.generate([1], wrong)))
+            async for output in steady:
+                num_tokens = len(output.outputs[0].token_ids)
+                if answer.done():
+                    break
+            await steady.aclose()
+            assert (await answer).outputs[0].text in ("yes", "no") and num_tokens > 10
+            with pytest.raises(ValueError, match="structured_outputs"):
+                await refused
+            await idle(llm)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_functions_that_the_engine_cannot_import_harm_nobody_else(tiny, tmp_path, monkeypatch):

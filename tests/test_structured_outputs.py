@@ -186,7 +186,7 @@ def test_what_a_grammar_lets_through(embedded, options, allowed, refused):
         tokenizer, params = llm.get_tokenizer(), SamplingParams(structured_outputs=StructuredOutputsParams(**options))
 
         def accepts(text):
-            grammar = llm.engine._grammar(params)
+            grammar = llm.engine.start_grammar(params.structured_outputs)
             return all(grammar.accept(token) for token in tokenizer(text).input_ids)
 
         assert accepts(allowed) and not accepts(refused)
@@ -209,7 +209,7 @@ def test_masks(llm, monkeypatch, num_alone):
     masks = TokenMasks()
     for place, choice in ((2, ["no", "none"]), (5, ["yes"])):
         params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=choice))
-        masks.add(place, llm.engine._grammar(params))
+        masks.add(place, llm.engine.start_grammar(params.structured_outputs))
     sent = pickle.loads(pickle.dumps(ScheduledBatch(token_masks=masks))).token_masks
     times = iter([0.0] * (1 + num_alone) + [grammar.SECONDS_ALONE + 1] * 2)
     monkeypatch.setattr(grammar, "time", SimpleNamespace(perf_counter=lambda: next(times)))

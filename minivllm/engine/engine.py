@@ -24,7 +24,7 @@ from minivllm.engine.request import Request
 from minivllm.engine.scheduler import Scheduler
 from minivllm.model_config import ModelConfig
 from minivllm.outputs import RequestOutput
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 
 class PendingTokens(Protocol):
@@ -133,7 +133,7 @@ class Engine:
         if self.config.tensor_parallel_size > 1:
             check_importable("logits_processors", params.logits_processors or ())
         self.scheduler.check_fits(self._max_num_tokens(prompt_token_ids, params))
-        self._grammar(params)
+        self.start_grammar(params.structured_outputs)
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None
@@ -162,7 +162,7 @@ class Engine:
                     else params.seed + index,
                     arrival_time=time.monotonic(),
                     bad_word_ids=bad_word_ids,
-                    grammar=self._grammar(params),
+                    grammar=self.start_grammar(params.structured_outputs),
                     drafter=NgramDrafter(self._ngram) if self._ngram and params.can_be_drafted else None,
                 )
             )
@@ -223,6 +223,18 @@ class Engine:
                     self.scheduler.stop(request, stop_string)
             self._progressed += progressed
 
+    def start_grammar(self, params: StructuredOutputsParams | None) -> Grammar | None:
+        """The grammar of an output, at its beginning.  It is compiled but once: a thread that asks for it before the
+        request is added spares the steps the wait.  Raises ValueError for one that is not well-formed."""
+        if params is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError("structured_outputs needs a tokenizer; leave skip_tokenizer_init=True out")
+        if self._grammars is None:
+            eos_token_ids = self.scheduler.eos_token_ids
+            self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, eos_token_ids)
+        return self._grammars.start(params)
+
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests that run keep their blocks."""
         self.scheduler.block_manager.reset_prefix_cache()
@@ -232,16 +244,6 @@ class Engine:
         limit = self.config.max_model_len
         assert limit is not None
         return limit if params.max_tokens is None else min(len(prompt_token_ids) + params.max_tokens, limit)
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.structured_outputs is None:
-            return None
-        if self.tokenizer is None:
-            raise ValueError("structured_outputs needs a tokenizer; leave skip_tokenizer_init=True out")
-        if self._grammars is None:
-            eos_token_ids = self.scheduler.eos_token_ids
-            self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, eos_token_ids)
-        return self._grammars.start(params.structured_outputs)
 
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
         """The tokens of each bad word, as a text's beginning and, where it differs, after a space."""

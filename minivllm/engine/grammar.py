@@ -112,7 +112,7 @@ def _threads() -> Any:
 
 
 class GrammarCompiler:
-    """Makes grammars for one tokenizer."""
+    """Makes grammars for one tokenizer, for any thread."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         try:
@@ -126,19 +126,24 @@ class GrammarCompiler:
         self._num_words = -(-vocab_size // 32)
         self._special_tokens = frozenset(tokenizer.all_special_tokens)
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()  # at their beginning, the last used at the end
+        self._lock = threading.Lock()  # not held while one is compiled
 
     def start(self, params: StructuredOutputsParams) -> Grammar:
         """A grammar at its beginning.  Raises ValueError, with llguidance's reason, for one that is not well-formed."""
         key = repr(params)
-        if key not in self._compiled:
+        with self._lock:
+            grammar = self._compiled.get(key)
+        if grammar is None:
             try:
-                self._compiled[key] = _on_large_stack(lambda: self._compile(params))
+                grammar = _on_large_stack(lambda: self._compile(params))
             except Exception as error:  # the converters of grammars raise their own
                 raise ValueError(f"structured_outputs: {error or type(error).__name__}") from error
-        self._compiled.move_to_end(key)
-        while len(self._compiled) > MAX_COMPILED:
-            self._compiled.popitem(last=False)
-        return self._compiled[key].copy()
+        with self._lock:
+            self._compiled[key] = grammar
+            self._compiled.move_to_end(key)
+            if len(self._compiled) > MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        return grammar.copy()
 
     def _compile(self, params: StructuredOutputsParams) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
