@@ -39,6 +39,15 @@ __all__ = [
     "TokensPrompt",
 ]
 
+# What scripts for vLLM import, and what to take here.
+_NOT_HERE = {
+    "AsyncEngineArgs": "give its arguments to AsyncLLM",
+    "AsyncLLMEngine": "use AsyncLLM",
+    "EngineArgs": "give its arguments to LLM",
+    "LLMEngine": "use LLM, whose stream() yields outputs as they come, or AsyncLLM",
+    "PoolingParams": "only models that generate are supported",
+}
+
 
 def __getattr__(name: str) -> Any:
     """`LLM` is imported on first use, so that what needs no tensors (the scheduler, say) does not load torch."""
@@ -50,4 +59,6 @@ def __getattr__(name: str) -> Any:
         from minivllm.async_llm import AsyncLLM
 
         return AsyncLLM
+    if name in _NOT_HERE:  # an AttributeError's text would be lost in `from minivllm import …`
+        raise ImportError(f"minivllm has no {name}: {_NOT_HERE[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

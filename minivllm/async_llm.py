@@ -23,12 +23,13 @@ from typing import Any, TypeVar
 from minivllm.child_process import check_importable, start_process
 from minivllm.config import NO_MEANING_HERE, EngineConfig
 from minivllm.engine_process import EngineFacts, Packed
-from minivllm.inputs import InputProcessor, Prompt, checked_model
+from minivllm.inputs import NOT_SUPPORTED, InputProcessor, Prompt, checked_model
 from minivllm.loading import find_model
 from minivllm.metrics import Metric
 from minivllm.output_stream import OutputStream
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.validation import take_options
 
 SHUTDOWN_SECONDS = 10.0
 Result = TypeVar("Result")
@@ -134,10 +135,15 @@ class AsyncLLM:
         return stream
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        **more: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of one request as they come; arguments and errors as for `add_request`.  Closing the generator,
-        or cancelling whoever waits for it, aborts the request."""
+        """The outputs of one request as they come; arguments and errors as for `add_request`; vLLM's others as long as
+        they ask for nothing.  Closing the generator, or cancelling whoever waits for it, aborts the request."""
+        take_options(more, "generate", NOT_SUPPORTED)
         stream = await self.add_request(prompt, sampling_params, request_id)
         try:
             async for output in stream:
@@ -154,6 +160,11 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; requests that run keep their blocks."""
         return await self._call("reset_prefix_cache")
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError if the engine has failed."""
+        if self.errored:
+            raise self.dead_error()
 
     async def check_integrity(self) -> None:
         """Raise RuntimeError if a request, slot or KV block has been lost.  Meant for tests."""

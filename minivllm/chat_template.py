@@ -20,6 +20,8 @@ class ContentFormat(NamedTuple):
 
 
 FORMATS = {"string": ContentFormat(False, True), "openai": ContentFormat(True, False)}
+# Parts of a content that are text, by type, and where it stands in them.
+TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 
 
 def load_template(template: str | Path | None) -> str | None:
@@ -112,17 +114,15 @@ def _content_format(template: str) -> ContentFormat:
 
 
 def _checked(message: Message, content_format: ContentFormat) -> Message:
-    """The message as the template wants it, the arguments of earlier calls as objects."""
+    """The message as the template wants it, the arguments of earlier calls as objects.  Results of tools are always
+    texts, as most templates take nothing else for them (vLLM does likewise)."""
+    if message["role"] == "tool":
+        content_format = FORMATS["string"]
     content = message.get("content")
     if content is None:
         content = "" if content_format.takes_text else []
     if isinstance(content, list):
-        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        if not all(
-            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-            for part in parts
-        ):
-            raise ValueError("messages: only content of text is supported, not images or the like")
+        parts = [_text_part(part) for part in content]
         content = parts if content_format.keeps_parts else "\n".join(part["text"] for part in parts)
     elif isinstance(content, str) and not content_format.takes_text:
         content = [{"type": "text", "text": content}]
@@ -134,6 +134,15 @@ def _checked(message: Message, content_format: ContentFormat) -> Message:
             raise ValueError("messages: tool_calls must be a list of calls, each with a function")
         own["tool_calls"] = [{**call, "function": _with_arguments(call["function"])} for call in calls]
     return own
+
+
+def _text_part(part: Any) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    name = TEXTS.get(str(part.get("type"))) if isinstance(part, dict) else None
+    if name is None or not isinstance(part.get(name), str):
+        raise ValueError("messages: only content of text is supported, not images or the like")
+    return part if part["type"] == "text" else {"type": "text", "text": part[name]}
 
 
 def _with_arguments(function: dict[str, Any]) -> dict[str, Any]:

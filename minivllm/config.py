@@ -23,6 +23,7 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "pt", "dummy")
 # vLLM arguments that change nothing here: accepted so that scripts run, each with the reason that a warning gives once.
 NO_MEANING_HERE = {
     "attention_backend": "backend says who runs attention",
+    "attention_config": "backend says who runs attention",
     "compilation_config": "the model is not compiled",
     "cuda_graph_sizes": "CUDA graphs cover every batch size up to max_num_seqs",
     "cudagraph_capture_sizes": "CUDA graphs cover every batch size up to max_num_seqs",
@@ -32,11 +33,19 @@ NO_MEANING_HERE = {
     "disable_log_stats": "statistics are always kept; nothing is logged",
     "distributed_executor_backend": "workers are processes on this host; across hosts, see minivllm/ray.py",
     "enable_chunked_prefill": "prefill is always chunked by max_num_batched_tokens",
+    "enable_flashinfer_autotune": "FlashInfer is not used",
+    "long_prefill_token_threshold": "long prompts are chunked like others",
     "max_cudagraph_capture_size": "CUDA graphs cover every batch size up to max_num_seqs",
+    "max_long_partial_prefills": "as many prompts are computed at once as fit max_num_batched_tokens",
+    "max_num_partial_prefills": "as many prompts are computed at once as fit max_num_batched_tokens",
     "max_parallel_loading_workers": "each worker reads its own share of the weights",
     "max_seq_len_to_capture": "CUDA graphs cover every length",
     "optimization_level": "the model is not compiled",
+    "prefix_caching_hash_algo": "blocks are known by a 128-bit xxhash",
+    "pt_load_map_location": "weights go straight to the device",
     "safetensors_load_strategy": "weights go straight to the device",
+    "stream_interval": "outputs come as soon as there are tokens",
+    "structured_outputs_config": "llguidance makes the masks",
     "swap_space": "preempted requests are recomputed, not swapped",
     "tokenizer_mode": "the tokenizer is the one transformers loads",
     "use_tqdm_on_load": "a line appears only when loading takes long",
@@ -44,25 +53,47 @@ NO_MEANING_HERE = {
 
 # vLLM arguments that ask for something there is not.
 NOT_SUPPORTED: NotSupported = {
+    "additional_config": ((None, {}), "leave it out"),
+    "allowed_local_media_path": ((None, ""), "only text is supported"),
+    "allowed_media_domains": ((None, []), "only text is supported"),
+    "calculate_kv_scales": ((False,), "kv_cache_dtype='fp8' has a scale of 1"),
+    "code_revision": ((None,), "code that comes with a model is never run"),
+    "config_format": (("auto", "hf"), "config.json is read, in Hugging Face's format"),
     "convert": (("auto", "none"), "only models that generate are supported"),
     "cpu_offload_gb": ((0,), "take tensor_parallel_size, quantization='fp8' or a smaller model"),
     "data_parallel_size": ((1,), "start several engines, or examples/ray_serve.py --replicas N"),
+    "disable_sliding_window": ((False,), "the model attends as far as it was trained to"),
     "download_dir": ((None,), "set HF_HUB_CACHE"),
     "enable_expert_parallel": ((False,), "mixtures of experts are not supported"),
     "enable_lora": ((False,), "merge the adapter into its base model"),
     "enable_prompt_embeds": ((False,), "give token ids"),
     "enable_sleep_mode": ((False,), "shutdown() frees the GPU"),
+    "hf_config_path": ((None,), "give the folder with config.json as model, or hf_overrides"),
     "hf_token": ((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
+    "kv_events_config": ((None,), "KV caches are not shared between engines"),
     "kv_transfer_config": ((None,), "KV caches are not shared between engines"),
     "limit_mm_per_prompt": ((None, {}), "only text is supported"),
     "logits_processors": ((None, []), "give them to SamplingParams, request by request"),
     "logprobs_mode": (("raw_logprobs",), "logprobs are those before penalties, temperature and the like"),
+    "mm_processor_kwargs": ((None, {}), "only text is supported"),
     "model_impl": (("auto", "vllm"), "there is one implementation of each model"),
+    "model_loader_extra_config": ((None, {}), "leave it out"),
+    "offload_group_size": ((0,), "take tensor_parallel_size, quantization='fp8' or a smaller model"),
+    "otlp_traces_endpoint": ((None,), "GET /metrics of minivllm serve has the figures"),
     "pipeline_parallel_size": ((1,), "take tensor_parallel_size"),
+    "pooler_config": ((None,), "only models that generate are supported"),
+    "profiler_config": ((None,), "python bench.py --profile FILE writes a trace"),
+    "quantization_config": ((None,), "take quantization='fp8'"),
     "runner": (("auto", "generate"), "only models that generate are supported"),
+    "scheduler_cls": ((None,), "change minivllm/engine/scheduler.py"),
     "scheduling_policy": (("fcfs",), "requests are served in the order they come"),
+    "spec_method": ((None,), "give speculative_config"),
+    "spec_model": ((None,), "give speculative_config"),
+    "spec_tokens": ((None,), "give speculative_config"),
     "task": (("auto", "generate"), "only models that generate are supported"),
     "tokenizer_revision": ((None,), "give the folder of that revision as tokenizer"),
+    "worker_cls": (("auto",), "change minivllm/runner/worker.py"),
+    "worker_extension_cls": ((None, ""), "change minivllm/runner/worker.py"),
 }
 
 
@@ -77,7 +108,9 @@ class EngineConfig:
     memory is measured, or not asked for."""
 
     dtype: str = option("auto", "float32, bfloat16 or float16; auto: the model's, on a CPU float32")
-    max_model_len: int | None = option(None, "tokens of prompt and output together; default: the model's own limit")
+    max_model_len: int | None = option(
+        None, "tokens of prompt and output together; default: the model's own limit, of longrope the original one"
+    )
     max_num_seqs: int | None = option(None, "requests running at once; default: 256")
     max_num_batched_tokens: int | None = option(
         None, "tokens computed in one step; default: 8192 on a GPU, 2048 on a CPU"
@@ -113,9 +146,11 @@ class EngineConfig:
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> EngineConfig:
-        """From keyword arguments as users give them: unknown ones are errors, vLLM's meaningless ones warn."""
+        """From keyword arguments as users give them: unknown ones are errors, vLLM's meaningless ones warn, and None
+        stands for the default."""
         known = [one.name for one in fields(cls)]
         arguments = take_options(arguments, "LLM", NOT_SUPPORTED, [*known, *NO_MEANING_HERE])
+        arguments = {name: value for name, value in arguments.items() if value is not None}
         for name in arguments.keys() & NO_MEANING_HERE.keys():
             warnings.warn(f"{name} has no effect: {NO_MEANING_HERE[name]}", stacklevel=3)
         dtype = arguments.get("dtype", "auto")
@@ -175,7 +210,7 @@ class EngineConfig:
         if dtype == "auto":
             # On a CPU float32 is the fast and exact choice; on a GPU float32 checkpoints run as bfloat16, as in vLLM.
             dtype = ("bfloat16" if model.dtype == "float32" else model.dtype) if on_gpu else "float32"
-        max_model_len = self.max_model_len or model.max_position_embeddings
+        max_model_len = self.max_model_len or model.default_max_model_len
         if max_model_len > model.max_position_embeddings:
             raise ValueError(
                 f"max_model_len ({max_model_len}) is more than the model's own limit of "

@@ -10,7 +10,7 @@ from typing import Any, NotRequired, Required, TypedDict
 
 from minivllm.chat_template import Message, is_conversation, load_template, render
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
-from minivllm.validation import check_text
+from minivllm.validation import NotSupported, check_text
 
 
 class TextPrompt(TypedDict):
@@ -99,7 +99,9 @@ class InputProcessor:
         """A prompt and its params as the engine takes them.  Raises ValueError for a prompt that is none."""
         params = replace(params, output_kind=output_kind)  # checks them again: they may have been changed since
         most = params.truncate_prompt_tokens
-        text, token_ids = self._tokenize(prompt, self.max_model_len - 1 if most == -1 else most)
+        if most == -1:  # what leaves room for the output
+            most = max(1, self.max_model_len - (params.max_tokens or 1))
+        text, token_ids = self._tokenize(prompt, most)
         return token_ids, params, text
 
     def _tokenize(self, prompt: Any, most: int | None) -> tuple[str | None, list[int]]:
@@ -130,6 +132,15 @@ class InputProcessor:
         return text, list(prompt[-most:] if most else prompt)
 
 
+# Of vLLM's methods: arguments for what there is not.
+NOT_SUPPORTED: NotSupported = {
+    "data_parallel_rank": ((None,), "start several engines, or examples/ray_serve.py --replicas N"),
+    "lora_request": ((None, []), "merge the adapter into its base model"),
+    "mm_processor_kwargs": ((None, {}), "only text is supported"),
+    "priority": ((None, 0), "requests are served in the order they come"),
+    "tokenization_kwargs": ((None, {}), "give token ids"),
+    "trace_headers": ((None, {}), "leave it out"),
+}
 CHAT_OPTIONS = tuple(InputProcessor.preprocess_chat.__kwdefaults__ or ())
 
 

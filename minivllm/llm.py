@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -20,7 +20,15 @@ from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from minivllm.chat_template import Message
 from minivllm.config import EngineConfig
 from minivllm.engine.engine import Engine
-from minivllm.inputs import CHAT_OPTIONS, CheckedRequest, InputProcessor, Prompt, checked_model, is_one_prompt
+from minivllm.inputs import (
+    CHAT_OPTIONS,
+    NOT_SUPPORTED,
+    CheckedRequest,
+    InputProcessor,
+    Prompt,
+    checked_model,
+    is_one_prompt,
+)
 from minivllm.loading import find_model
 from minivllm.metrics import Metric, collect
 from minivllm.model_config import ModelConfig, override
@@ -29,12 +37,19 @@ from minivllm.outputs import RequestOutput
 from minivllm.process_state import deferred_interrupt, heap_left_alone
 from minivllm.runner.executor import make_executor
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
-from minivllm.validation import NotSupported, take_options
+from minivllm.validation import take_options
 
-# Arguments of vLLM's methods for what there is not.
-NOT_SUPPORTED: NotSupported = {
-    name: ((None, {}), "leave it out")
-    for name in ("lora_request", "mm_processor_kwargs", "priority", "tokenization_kwargs")
+# What vLLM's LLM has beside, and where to look here.
+NOT_HERE = dict.fromkeys(
+    ("classify", "embed", "encode", "reward", "score"), "only models that generate are supported"
+) | {
+    "apply_model": "the model is llm.engine.executor.runner.model, with one GPU",
+    "collective_rpc": "workers do what minivllm/runner/worker.py says",
+    "llm_engine": "the engine is llm.engine, its settings are llm.config, the model's llm.model_config",
+    "set_tokenizer": "give LLM a tokenizer",
+    "sleep": "shutdown() frees the GPU",
+    "start_profile": "python bench.py --profile FILE writes a trace",
+    "wake_up": "after shutdown() make another LLM",
 }
 
 
@@ -226,6 +241,12 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+    if not TYPE_CHECKING:  # which would take every name for one that is there
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f": {NOT_HERE[name]}" if name in NOT_HERE else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def _check_requests(
         self,

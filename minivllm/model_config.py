@@ -179,6 +179,14 @@ class ModelConfig:
         )
 
     @property
+    def default_max_model_len(self) -> int:
+        """Where the user gives none: all positions, but of longrope those of the first training.  Its factors for more
+        serve all texts once longer ones may come, short ones less well (vLLM's default too)."""
+        if self.rope.type == "longrope" and self.rope.original_max_position_embeddings:
+            return min(self.rope.original_max_position_embeddings, self.max_position_embeddings)
+        return self.max_position_embeddings
+
+    @property
     def kv_elements_per_token(self) -> int:
         """K and V elements of one token, over all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim

@@ -30,6 +30,13 @@ class RequestMetrics:
         """Seconds from arrival to the first token."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
+    # The same under vLLM's later names.
+    queued_ts = property(lambda self: self.arrival_time)
+    scheduled_ts = property(lambda self: self.first_scheduled_time)
+    first_token_ts = property(lambda self: self.first_token_time)
+    last_token_ts = property(lambda self: self.last_token_time)
+    first_token_latency = time_to_first_token
+
 
 @dataclass(slots=True)
 class Logprob:

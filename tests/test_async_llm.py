@@ -184,6 +184,8 @@ def test_an_answer_that_cannot_be_taken_is_an_error_for_everybody(tiny):
             with pytest.raises(EngineDeadError, match="cannot be read: KeyError"):
                 await asyncio.wait_for(waiting, 10)
             assert llm.errored
+            with pytest.raises(EngineDeadError, match="cannot be read: KeyError"):
+                await llm.check_health()
 
         asyncio.run(run())
 
@@ -237,7 +239,11 @@ def test_functions_that_the_engine_cannot_import_harm_nobody_else(tiny, tmp_path
         async def run():
             with pytest.raises(ValueError, match="No module named 'only_here'"):
                 await llm.add_request([1, 2], SamplingParams(logits_processors=[only_here.keep]))
-            assert (await last(llm.generate([1, 2], SamplingParams(max_tokens=3)))).finished and not llm.errored
+            params = SamplingParams(max_tokens=3)
+            assert (await last(llm.generate([1, 2], params, lora_request=None, priority=0))).finished
+            with pytest.raises(ValueError, match="generate: priority=1 is not supported"):
+                await last(llm.generate([1, 2], params, priority=1))
+            await llm.check_health()
 
         asyncio.run(run())
 

@@ -357,7 +357,7 @@ def test_unsupported_options_that_ask_for_nothing_are_accepted():
         (dict(async_scheduling="yes"), "async_scheduling must be True or False"),
         (dict(load_format=["a"]), "load_format must be one of"),
         (dict(backend=["a"]), "backend must be one of"),
-        (dict(enable_prefix_caching=None), "enable_prefix_caching must be"),
+        (dict(enable_prefix_caching="no"), "enable_prefix_caching must be"),
     ],
     ids=str,
 )

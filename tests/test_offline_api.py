@@ -1,11 +1,17 @@
 """What else a script written for vLLM's LLM calls: chat with tools and templates, beam search, metrics, overrides."""
 
+import json
+import shutil
+import warnings
+
 import pytest
 import torch
 from conftest import TINY_VOCAB
 from tqdm import tqdm
 
-from minivllm import LLM, BeamSearchParams, SamplingParams, TextPrompt, TokensPrompt, sampling_params
+from minivllm import LLM, BeamSearchParams, RequestMetrics, SamplingParams, TextPrompt, TokensPrompt, sampling_params
+from minivllm.chat_template import TEXTS
+from minivllm.config import EngineConfig
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
@@ -90,6 +96,21 @@ def test_parts_of_text_and_messages_without_content(llm):
     called = [*MESSAGES, {"role": "assistant", "tool_calls": []}]
     template = "{{ messages[1].role }}{{ 'tool_calls' in messages[1] }}"  # Llama's asks so, and then expects one
     assert llm.preprocess_chat(called, chat_template=template)["prompt"] == "assistantFalse"
+
+
+def test_other_names_of_text_in_contents(llm):
+    parts = [{"type": kind, ("text" if kind.endswith("text") else kind): "a"} for kind in TEXTS]
+    prompt = llm.preprocess_chat([{"role": "assistant", "content": parts}], chat_template=TEMPLATE)["prompt"]
+    assert prompt == "<assistant>a\na\na\na\na</><assistant>"
+
+
+def test_results_of_tools_are_texts_for_every_template(llm):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}[{{ c.text or c }}]{% endfor %}{% endfor %}"
+    )
+    for content in ("ab", [{"type": "text", "text": "ab"}]):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "tool", "content": content}]
+        assert llm.preprocess_chat(messages, chat_template=template)["prompt"] == "<user>[Hi]<tool>[a][b]"
 
 
 LOOP = "{% for c in m.content %}[{{ c.text }}]{% endfor %}"
@@ -204,7 +225,7 @@ def test_beam_search_finds_more_than_greedy(llm):
 
 def test_arguments_of_vllm_that_ask_for_nothing(llm):
     params, messages = SamplingParams(temperature=0, max_tokens=2), MESSAGES
-    nothing = dict(lora_request=None, mm_processor_kwargs=None, priority=None)
+    nothing = dict(lora_request=None, mm_processor_kwargs=None, priority=None, trace_headers=None)
     expected = llm.generate("a", params, use_tqdm=False)[0].outputs[0].token_ids
     output = llm.generate("a", params, use_tqdm=False, **nothing)[0]
     assert output.outputs[0].token_ids == expected
@@ -230,6 +251,48 @@ def test_arguments_of_vllm_that_ask_for_nothing(llm):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_names_of_vllm_s_that_are_not_here_say_what_to_take(llm):
+    with pytest.raises(ImportError, match="minivllm has no EngineArgs: give its arguments to LLM"):
+        from minivllm import EngineArgs  # noqa: F401
+    with pytest.raises(AttributeError, match="no attribute 'embed': only models that generate are supported"):
+        llm.embed("a")
+    with pytest.raises(AttributeError, match="'LLM' object has no attribute 'anything'$"):
+        llm.anything  # noqa: B018
+    assert not hasattr(llm, "sleep")
+
+
+def test_none_is_the_default():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = EngineConfig.from_arguments(dict(seed=None, block_size=None, attention_config=None, dtype=None))
+    assert config == EngineConfig()
+
+
+def test_moments_under_later_names():
+    metrics = RequestMetrics(1.0, first_scheduled_time=2.0, first_token_time=3.5, last_token_time=9.0)
+    assert (metrics.queued_ts, metrics.scheduled_ts, metrics.first_token_ts, metrics.last_token_ts) == (1, 2, 3.5, 9)
+    assert metrics.first_token_latency == 2.5
+
+
+def test_longrope_is_for_short_texts_unless_longer_are_asked_for(tiny, tmp_path, hugging_face):
+    """Hugging Face takes the factors that the length of a text asks for; an engine has to choose."""
+    folder = shutil.copytree(tiny("phi3-longrope"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.get("rope_parameters") or config["rope_scaling"]
+    rope["long_factor"] = [9 * factor for factor in rope["short_factor"]]
+    (folder / "config.json").write_text(json.dumps(config))
+    prompt, params = list(range(9)), SamplingParams(max_tokens=1, logprobs=-1)
+    with torch.no_grad():
+        expected = hugging_face(str(folder))(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+    for limit, same in ((None, True), (256, False)):
+        options = dict(skip_tokenizer_init=True, device="cpu", max_logprobs=-1, max_model_len=limit)
+        with LLM(str(folder), **options) as llm:
+            assert llm.config.max_model_len == (limit or 32)
+            (found,) = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].logprobs
+        found = torch.tensor([found[i].logprob for i in range(TINY_VOCAB)])
+        assert torch.allclose(found, expected, atol=1e-4) == same
 
 
 @pytest.mark.parametrize(

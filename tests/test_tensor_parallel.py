@@ -86,7 +86,7 @@ def are_gone(processes, seconds=5.0):
 def test_same_tokens(tiny, greedy, name, size):
     folder = tiny(name)
     expected = greedy(folder, PROMPTS, 20)
-    with LLM(folder, tensor_parallel_size=size, **OPTIONS) as llm:
+    with LLM(folder, tensor_parallel_size=size, max_model_len=256, **OPTIONS) as llm:
         assert [row[0] for row in tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False))] == expected
         again = llm.generate(PROMPTS, GREEDY, use_tqdm=False)  # out of the prefix cache
         assert [row[0] for row in tokens(again)] == expected and any(output.num_cached_tokens for output in again)

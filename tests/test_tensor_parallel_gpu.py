@@ -50,7 +50,8 @@ def test_parity(tiny, greedy, name, eager, size):
     """Few rows, as many as large graphs of mixed steps have, and thousands."""
     few, some, many = prompts(9), prompts(20, 200), prompts(40, 200)
     assert 1408 < sum(map(len, some)) <= 2048 < sum(map(len, many))
-    with LLM(tiny(name), tensor_parallel_size=size, dtype="float32", enforce_eager=eager, **OPTIONS) as llm:
+    options = dict(dtype="float32", enforce_eager=eager, max_model_len=256, **OPTIONS)
+    with LLM(tiny(name), tensor_parallel_size=size, **options) as llm:
         for batch in (few, some, many):
             llm.reset_prefix_cache()
             found = llm.generate(batch, SamplingParams(max_tokens=12, **GREEDY), use_tqdm=False)
