@@ -130,7 +130,8 @@ class AsyncLLM:
             await self.abort(request_id)
             raise
         except Exception:
-            self._streams.pop(request_id, None)
+            if self.is_running(stream):  # else the id may be another's by now
+                del self._streams[request_id]
             raise
         return stream
 

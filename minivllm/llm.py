@@ -300,7 +300,7 @@ class LLM:
             queue = list(zip(request_ids, requests, strict=True))
             if longest_first:
                 queue.sort(key=lambda entry: -(entry[1][1].max_tokens or sys.maxsize))
-            with self._lock:
+            with deferred_interrupt(), self._lock:
                 self._check_is_there()
                 for request_id, (token_ids, params, text) in queue:
                     self._inboxes[request_id] = inbox
@@ -308,12 +308,14 @@ class LLM:
             unfinished = set(request_ids)
             while unfinished:
                 with deferred_interrupt(), self._lock:
-                    if not unfinished.isdisjoint(self.engine.request_ids):  # or another thread has ended them
+                    if not inbox:  # which another thread may have filled
+                        if self.engine.request_ids.isdisjoint(unfinished):  # they were aborted
+                            break
                         self._hand_out(self.engine.step())
-                    if inbox or unfinished.isdisjoint(self.engine.request_ids):
-                        unfinished &= self.engine.request_ids  # those that ended or were aborted are gone
                 while inbox:
                     output = inbox.popleft()
+                    if output.finished:
+                        unfinished.discard(output.request_id)
                     output.raise_failure()
                     yield output
         finally:

@@ -27,8 +27,9 @@ def heap_left_alone() -> Iterator[None]:
 def deferred_interrupt() -> Iterator[None]:
     """Let Ctrl-C take effect after the block, which is thus never left half done.  A second one takes effect at
     once."""
-    # A handler that is None is another language's, and could not be put back.
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+    # Where no function of Python's handles it, the system does, or another language, and it stays so.
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield
         return
     received: list[Any] = []
@@ -38,10 +39,10 @@ def deferred_interrupt() -> Iterator[None]:
             signal.default_int_handler(number, frame)
         received.append(frame)
 
-    previous = signal.signal(signal.SIGINT, receive)
+    signal.signal(signal.SIGINT, receive)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if received and callable(previous):
+    if received:
         previous(signal.SIGINT, received[0])

@@ -123,6 +123,23 @@ def test_wrong_input_is_refused_and_others_go_on(llm):
     asyncio.run(run())
 
 
+def test_a_refused_request_leaves_another_of_its_name_alone(llm):
+    async def run():
+        for i in range(30):
+            name = f"again {i}"
+            refused = asyncio.ensure_future(llm.add_request([1] * 300, LONG, name))
+            await asyncio.sleep(0)
+            while name in llm._streams:
+                await asyncio.sleep(0)
+            good = await llm.add_request([1, 2], SamplingParams(max_tokens=2), name)
+            assert (await asyncio.wait_for(last(good), 20)).finished
+            with pytest.raises(ValueError, match="max_model_len is 256"):
+                await refused
+        await idle(llm)
+
+    asyncio.run(run())
+
+
 def test_abort_and_leaving_early(llm):
     async def run():
         aborted = asyncio.ensure_future(last(llm.generate(PROMPTS[2], LONG, "a")))

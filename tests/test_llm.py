@@ -206,7 +206,7 @@ def refused(llm, message):
         ([[1], []], {}, r"prompts\[1\]: the prompt is empty"),
         ([0] * 256, {}, "the prompt has 256 tokens, but max_model_len is 256"),
         ([0] * 100, dict(max_tokens=60), "160 tokens, but the KV cache holds 128"),
-        ([0] * 100, dict(max_tokens=None), "256 tokens, but the KV cache holds 128"),
+        ([0] * 129, dict(max_tokens=None), "130 tokens, but the KV cache holds 128"),
         ([[1], [2, TINY_VOCAB]], {}, rf"prompts\[1\]: prompt_token_ids: token id {TINY_VOCAB} is outside"),
         ([-1], {}, "token id -1 is outside the vocabulary of 157"),
         ([1], dict(stop_token_ids=[5, TINY_VOCAB]), rf"stop_token_ids: token id {TINY_VOCAB} is outside"),
@@ -415,6 +415,18 @@ def test_arguments_that_ask_for_what_there_is_not(tiny, name):
         EngineConfig.from_arguments({name: value})
     with pytest.raises(ValueError, match=re.escape(f"{name}='other' is not supported: {remedy}")):
         make(tiny("mha"), **{name: "other"})
+
+
+def test_outputs_without_max_tokens_end_where_the_kv_cache_does(tiny):
+    with make(tiny("mha"), num_gpu_blocks_override=7) as llm:
+        output = llm.generate([1, 2, 3], SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)[0].outputs[0]
+    assert len(output.token_ids) == 7 * 16 + 1 - 3 and output.finish_reason == "length"
+
+
+def test_weights_that_are_more_than_the_memory(tiny, monkeypatch):
+    monkeypatch.setattr("minivllm.runner.memory._host_bytes", lambda: 100_000)
+    with pytest.raises(ValueError, match="the weights need 0.00 GiB of memory, and there are 0.00; take a smaller"):
+        make(tiny("mha"))
 
 
 def test_a_number_of_blocks(tiny):
@@ -791,9 +803,10 @@ def test_an_end_is_reported_once(either_llm):
     assert num_ended & {1, 2, 3}, "some end before the others"
 
 
-def test_a_handler_of_ctrl_c_that_is_not_python_s_is_left_alone(monkeypatch):
+@pytest.mark.parametrize("handler", [None, signal.SIG_DFL, signal.SIG_IGN], ids=str)
+def test_a_handler_of_ctrl_c_that_is_not_python_s_is_left_alone(monkeypatch, handler):
     with monkeypatch.context() as patch:
-        patch.setattr(signal, "getsignal", lambda number: None)
+        patch.setattr(signal, "getsignal", lambda number: handler)
         patch.setattr(signal, "signal", None)
         with deferred_interrupt():
             pass
@@ -815,6 +828,19 @@ def test_ctrl_c_aborts_and_the_engine_stays_usable(either_llm, monkeypatch, step
         assert faulty.n == 0, "no step came after the one that was interrupted"
         assert llm.engine.scheduler.stats.num_preemptions == 0, "that step was left half done"
     assert not llm.engine.scheduler.requests and signal.getsignal(signal.SIGINT) is handler
+    assert tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_ctrl_c_while_requests_are_queued(either_llm, monkeypatch):
+    llm, expected = either_llm
+    add = llm.engine.scheduler.add
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            llm.engine.scheduler, "add", lambda request: (add(request), request.request_id[-1] in "24" and interrupt())
+        )
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
+    assert not llm.engine.scheduler.requests and not llm.engine.request_ids
     assert tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 

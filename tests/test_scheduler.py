@@ -55,7 +55,7 @@ def test_a_prefix_is_shared_inside_one_step():
     assert a.block_ids[:2] == b.block_ids[:2] and a.block_ids[2] != b.block_ids[2]
     assert [scheduler.block_manager.ref_counts[block] for block in (*a.block_ids, b.block_ids[2])] == [2, 2, 1, 1]
     assert b.num_cached_tokens == 8 and scheduler.stats.num_cached_tokens == 8
-    scheduler.abort("a")
+    scheduler.abort([a])
     assert [scheduler.block_manager.ref_counts[block] for block in b.block_ids] == [1, 1, 1]
     run(scheduler)
     assert scheduler.block_manager.num_free_blocks == 16
@@ -188,11 +188,11 @@ def test_running_requests_come_first_and_waiting_ones_get_what_is_left():
 def test_prompts_that_hold_nobody_up_ride_along(max_tokens, taken):
     """A request that will end before the one that decodes is computed beside it in smaller steps; others at once."""
     scheduler = make_scheduler(num_blocks=4000, budget=8000)
-    add(scheduler, "long", range(10), max_tokens=2500)
+    long = add(scheduler, "long", range(10), max_tokens=2500)
     assert step(scheduler).num_scheduled == [10]
     short = add(scheduler, "short", range(20, 5020), max_tokens=max_tokens)
     assert step(scheduler).num_scheduled == [1, taken]
-    scheduler.abort("long")
+    scheduler.abort([long])
     left = 5000 - short.num_computed_tokens
     assert not left or step(scheduler).num_scheduled == [left], "alone, it has the whole budget"
 
@@ -254,7 +254,7 @@ def test_a_preempted_request_waits_for_its_token_in_flight():
     scheduler.schedule()
     scheduler.schedule()  # a takes the third block, b is preempted with a token in flight
     assert b.slot < 0 and b.num_in_flight == 1
-    scheduler.abort("a")
+    scheduler.abort([a])
     assert scheduler.schedule() is None, "b's next token is not known yet"
     scheduler.update(StepResult([7, 8]))
     batch = scheduler.schedule()
@@ -330,7 +330,8 @@ def test_abort(state):
         scheduler.schedule()
     if state.startswith("preempted"):
         scheduler._preempt_newest()
-    assert scheduler.abort("a") is request and request.finish_reason == "abort"
+    scheduler.abort([request])
+    assert request.finish_reason == "abort"
     scheduler.check_integrity()
     assert scheduler.block_manager.num_free_blocks == 2 and not scheduler.requests
     again = add(scheduler, "a", [3], max_tokens=1)  # the id is free again
@@ -338,7 +339,23 @@ def test_abort(state):
         assert scheduler.update(StepResult([6])) == [], "a token of an aborted request must be dropped"
         assert request.output_token_ids == [5]
     run(scheduler, 7)
-    assert again.output_token_ids == [7] and scheduler.abort("a") is None
+    scheduler.abort([again])
+    assert again.output_token_ids == [7] and again.finish_reason == "length"
+
+
+def test_many_that_wait_are_aborted_in_one_go():
+    class Queue(deque):
+        def remove(self, request):
+            raise AssertionError("each is searched for among all")
+
+    scheduler = make_scheduler(max_num_seqs=1)
+    requests = [add(scheduler, str(i), [1, 2, 3]) for i in range(9)]
+    step(scheduler)
+    scheduler.waiting = Queue(scheduler.waiting)
+    scheduler.abort(requests[:1] + requests[5:])
+    assert [request.request_id for request in scheduler.waiting] == ["1", "2", "3", "4"]
+    assert {request.finish_reason for request in requests} == {None, "abort"} and not scheduler.running
+    run(scheduler)
 
 
 def test_recover_loses_no_request():
@@ -493,7 +510,8 @@ def run_workload(seed):
             scheduler.add(arriving.popleft())
         chance = 1.0 if calm else draw.random()
         if chance < 0.03:
-            scheduler.abort(draw.choice(requests).request_id)
+            there = [request for request in requests if request not in arriving]
+            scheduler.abort(draw.sample(there, min(len(there), draw.randint(1, 2))))
         elif chance < 0.05:
             scheduler.block_manager.reset_prefix_cache()
         batch = scheduler.schedule()

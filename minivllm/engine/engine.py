@@ -174,10 +174,9 @@ class Engine:
         """End requests; returns the outputs (finish_reason "abort") of those that were still unfinished."""
         groups = [self._outputs.groups[i] for i in dict.fromkeys(request_ids) if i in self._outputs.groups]
         requests = [sample.request for group in groups for sample in group.samples if not sample.has_ended]
-        for request in requests:
-            if not request.finished:  # or its id may be another's by now
-                self.scheduler.abort(request.request_id)
-        self._progressed = [request for request in self._progressed if request not in requests]
+        self.scheduler.abort(requests)
+        ended = set(requests)
+        self._progressed = [request for request in self._progressed if request not in ended]
         return self._outputs.outputs(requests)
 
     @property
@@ -243,7 +242,9 @@ class Engine:
     def _max_num_tokens(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         limit = self.config.max_model_len
         assert limit is not None
-        return limit if params.max_tokens is None else min(len(prompt_token_ids) + params.max_tokens, limit)
+        if params.max_tokens is not None:
+            return min(len(prompt_token_ids) + params.max_tokens, limit)
+        return max(len(prompt_token_ids) + 1, min(limit, self.scheduler.max_num_tokens))
 
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
         """The tokens of each bad word, as a text's beginning and, where it differs, after a space."""

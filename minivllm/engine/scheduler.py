@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from minivllm.engine.batch import AdmittedRequest, ScheduledBatch, StepResult, TokenLogprobs
@@ -80,13 +80,17 @@ class Scheduler:
         self.requests[request.request_id] = request
         self.waiting.append(request)
 
+    @property
+    def max_num_tokens(self) -> int:
+        """To which a request may grow, alone in the KV cache.  Its last token is never computed."""
+        return self.block_manager.num_blocks * self.block_manager.block_size + 1
+
     def check_fits(self, max_num_tokens: int) -> None:
-        """Raise ValueError if a request that may grow to `max_num_tokens` tokens could never fit the KV cache."""
-        manager = self.block_manager
-        if manager.num_blocks_for(max_num_tokens - 1) > manager.num_blocks:  # the last token is never computed
+        """Raise ValueError if a request that may grow to so many tokens could never fit the KV cache."""
+        if max_num_tokens > self.max_num_tokens:
             raise ValueError(
                 f"prompt and max_tokens come to {max_num_tokens} tokens, but the KV cache holds "
-                f"{manager.num_blocks * manager.block_size}; shorten the prompt, lower max_tokens, or raise "
+                f"{self.max_num_tokens - 1}; shorten the prompt, lower max_tokens, or raise "
                 "kv_cache_memory_bytes or gpu_memory_utilization"
             )
 
@@ -189,12 +193,12 @@ class Scheduler:
         else:
             self._finish(request, "stop")
 
-    def abort(self, request_id: str) -> Request | None:
-        """End a request; its blocks are free at once.  None if there is no such request (it may have finished)."""
-        request = self.requests.get(request_id)
-        if request is not None:
-            self._finish(request, "abort")
-        return request
+    def abort(self, requests: Iterable[Request]) -> None:
+        """End requests; their blocks are free at once.  Some may have finished."""
+        for request in requests:
+            if not request.finished:
+                self._end(request, "abort")
+        self.waiting = deque(request for request in self.waiting if not request.finished)  # they may be many
 
     def recover(self) -> None:
         """After a step that failed: forget the steps in flight and compute every running request again.
@@ -399,13 +403,16 @@ class Scheduler:
         self._finish(request, "abort")
 
     def _finish(self, request: Request, reason: str) -> None:
+        if request.slot < 0:
+            self.waiting.remove(request)
+        self._end(request, reason)
+
+    def _end(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
         del self.requests[request.request_id]
         if request.slot >= 0:
             self.running.remove(request)
             self._release(request)
-        else:
-            self.waiting.remove(request)
 
     def _release(self, request: Request) -> None:
         self.block_manager.free(request)

@@ -18,6 +18,17 @@ CPU_KV_CACHE_BYTES = 4 * GIB  # at most, and no more than a quarter of the memor
 SLACK_BYTES = 128 << 20  # GPU memory left for fragmentation and what libraries allocate late
 
 
+def check_weights_fit(model: torch.nn.Module) -> None:
+    """Raise ValueError if a model that is still empty is more than a CPU's memory holds: the system would grant it, and
+    end the process once it is filled."""
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if num_bytes > _host_bytes():
+        raise ValueError(
+            f"the weights need {num_bytes / GIB:.2f} GiB of memory, and there are {_host_bytes() / GIB:.2f}; take a "
+            "smaller model, or dtype='bfloat16'"
+        )
+
+
 def kv_cache_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, profile: Callable[[], None]) -> int:
     """Blocks of KV cache that fit.  `profile` runs the largest steps; on a GPU their memory is measured and set aside.
 
@@ -38,7 +49,7 @@ def kv_cache_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
                 f"activations leave of gpu_memory_utilization {config.gpu_memory_utilization}; lower it"
             )
     else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = _host_bytes()
         if wanted is not None and wanted > memory:
             raise ValueError(
                 f"{name} ({wanted / GIB:.2f} GiB) is more than there is ({memory / GIB:.2f} GiB); lower it"
@@ -52,6 +63,10 @@ def kv_cache_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
             "kv_cache_memory_bytes, or lower max_num_batched_tokens, max_num_seqs or max_model_len"
         )
     return num_blocks
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _gpu_bytes_left(config: EngineConfig, profile: Callable[[], None]) -> int:

@@ -25,7 +25,7 @@ from minivllm.runner.cuda_graph import StepGraphs, graph_sizes, mixed_graph_size
 from minivllm.runner.drafts import expand, keep_last_accepted, put_drafts
 from minivllm.runner.forward_batch import ForwardBatch
 from minivllm.runner.logits import needs_processing, process_logits, to_device, token_logprobs
-from minivllm.runner.memory import allocate_kv_cache, kv_cache_blocks
+from minivllm.runner.memory import allocate_kv_cache, check_weights_fit, kv_cache_blocks
 from minivllm.runner.mixed_arrays import mixed_arrays, named_targets, padded_size, prompt_targets
 from minivllm.runner.pending_step import PendingStep, Sampled
 from minivllm.runner.sampler import SamplingInputs, sample, sampling_arrays, sampling_inputs
@@ -68,6 +68,8 @@ class ModelRunner:
         self.model = model_class(model_config.architecture)(
             model_config, self.backend, self.dtype, self.device, config.max_model_len, tp
         )
+        if self.device.type == "cpu":
+            check_weights_fit(self.model)
         self.own_config = model_config.share(tp.size)  # heads and columns of this worker
         self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, model_config.vocab_size)
         num_slots, num_columns = self.slots.block_table.shape
