@@ -25,15 +25,22 @@ TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal":
 
 
 def load_template(template: str | Path | None) -> str | None:
-    """A chat template given as text or as the path of a file."""
+    """A chat template given as text or as the path of a file.  Raises ValueError for what is no template."""
+    import jinja2
+
     if template is None:
         return None
     if isinstance(template, Path) or (isinstance(template, str) and "{" not in template):
-        if not Path(template).is_file():
-            raise ValueError(f"chat_template {str(template)!r} is neither a Jinja template nor a file")
-        return Path(template).read_text(encoding="utf-8")
+        try:
+            template = Path(template).read_text(encoding="utf-8")
+        except OSError:
+            raise ValueError(f"chat_template {str(template)!r:.200} is neither a Jinja template nor a file") from None
     if not isinstance(template, str):
         raise ValueError(f"chat_template must be a Jinja template or the path of one, got {template!r}")
+    try:
+        _parsed(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"chat_template, line {error.lineno}: {error.message}") from None
     return template
 
 
@@ -61,6 +68,12 @@ def render(
         raise ValueError(
             f"chat_template_content_format must be 'auto', 'string' or 'openai', got {chat_template_content_format!r}"
         )
+    if not isinstance(chat_template_kwargs, (Mapping, type(None))):
+        raise ValueError(f"chat_template_kwargs must be a dict, got {chat_template_kwargs!r}")
+    if not isinstance(tools, (list, tuple, type(None))) or not all(
+        isinstance(tool, Mapping) or callable(tool) for tool in tools or ()
+    ):
+        raise ValueError(f"tools must be a list of JSON schemas, got {tools!r:.200}")
     own = dict(chat_template=chat_template, tools=None if tools is None else list(tools), tokenize=False)
     given = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
     given |= chat_template_kwargs or {}
@@ -86,14 +99,22 @@ def render(
 
 
 @functools.lru_cache
+def _parsed(template: str) -> Any:
+    """Its syntax tree, without the marks of what an assistant has said, which are transformers' own."""
+    import jinja2
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+
+
+@functools.lru_cache
 def _content_format(template: str) -> ContentFormat:
     """What a template is made for, by what it does: whether it goes through contents, and asks if they are strings."""
     import jinja2
     from jinja2 import nodes
 
-    try:  # without the marks of what an assistant has said, which are transformers' own
-        marked = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(marked)
+    try:
+        tree = _parsed(template)
     except jinja2.TemplateError:
         return FORMATS["string"]
 
@@ -124,7 +145,9 @@ def _checked(message: Message, content_format: ContentFormat) -> Message:
     if isinstance(content, list):
         parts = [_text_part(part) for part in content]
         content = parts if content_format.keeps_parts else "\n".join(part["text"] for part in parts)
-    elif isinstance(content, str) and not content_format.takes_text:
+    elif not isinstance(content, str):
+        raise ValueError(f"messages: content must be text or a list of parts, got {content!r:.200}")
+    elif not content_format.takes_text:
         content = [{"type": "text", "text": content}]
     own = {**message, "content": content}
     if calls := own.pop("tool_calls", None):  # templates ask whether they are there, not whether there are any

@@ -189,6 +189,11 @@ class LLM:
         take_options(more, "beam_search", {**NOT_SUPPORTED, "concurrency_limit": ((None,), "leave it out")})
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"params must be BeamSearchParams, got {type(params).__name__}")
+        if 0 <= self.config.max_logprobs < 2 * params.beam_width:
+            raise ValueError(
+                f"beam_width ({params.beam_width}) asks for {2 * params.beam_width} logprobs, more than max_logprobs "
+                f"({self.config.max_logprobs}); lower it, or raise max_logprobs"
+            )
         checked = self._check_requests(
             prompts, SamplingParams(max_tokens=params.max_tokens), RequestOutputKind.FINAL_ONLY
         )

@@ -43,6 +43,11 @@ class StructuredOutputsParams:
             )
         if self.json is not None and not isinstance(self.json, (str, dict)):
             raise ValueError(f"structured_outputs: json must be a JSON schema, got {self.json!r}")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"structured_outputs: {name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.json_object, (bool, type(None))):
+            raise ValueError(f"structured_outputs: json_object must be True or False, got {self.json_object!r}")
         for name in ("regex", "grammar", "structural_tag", "whitespace_pattern"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ValueError(f"structured_outputs: {name} must be a string, got {getattr(self, name)!r}")

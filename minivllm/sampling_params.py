@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ MAX_FLOAT32 = 3.4e38
 MAX_LOGIT_BIAS = 1e30  # which overflows at no temperature
 MAX_INT32 = 2**31 - 1
 MAX_N = 16384  # as in vLLM
+MAX_LENGTH_PENALTY = 50  # a power of lengths that no float overflows at
 NUMBERS = ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p")
 SWITCHES = (
     "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output",
@@ -213,7 +213,7 @@ class SamplingParams:
             raise ValueError(
                 f"repetition_detection must be RepetitionDetectionParams, got {self.repetition_detection!r}"
             )
-        if self.skip_reading_prefix_cache not in (None, True, False):
+        if not isinstance(self.skip_reading_prefix_cache, (bool, type(None))):
             raise ValueError(f"skip_reading_prefix_cache must be True or False, got {self.skip_reading_prefix_cache!r}")
         if self.stream_interval is not None:
             check_int("stream_interval", self.stream_interval, 1)
@@ -276,8 +276,9 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         check_int("beam_width", self.beam_width, 1)
         check_int("max_tokens", self.max_tokens, 1)
-        if not isinstance(self.length_penalty, (int, float)) or not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty must be a number, got {self.length_penalty!r}")
+        penalty = self.length_penalty
+        if not isinstance(penalty, (int, float)) or not abs(penalty) <= MAX_LENGTH_PENALTY:
+            raise ValueError(f"length_penalty must be a number of at most ±{MAX_LENGTH_PENALTY}, got {penalty!r}")
         if self.include_stop_str_in_output:
             raise ValueError("include_stop_str_in_output: beam search has no stop strings; leave it out")
         if self.temperature != 0:

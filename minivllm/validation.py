@@ -14,7 +14,7 @@ def reject_unknown(given: Iterable[str], known: Iterable[str], what: str) -> Non
     known = dict.fromkeys(known)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise ValueError(f"{what} has no argument {name!r}{hint}")
 

@@ -288,7 +288,7 @@ def test_numbers_too_large(tiny, name, value):
         (dict(logprob_token_ids=[1] * 129), "logprob_token_ids must have 1 to 128 token ids, got 129"),
         (dict(logprob_token_ids=[-1]), "logprob_token_ids must be"),
         (dict(logprob_token_ids=[1, 2], logprobs=3), r"logprobs \(3\) must be the number of logprob_token_ids \(2\)"),
-        (dict(skip_reading_prefix_cache=2), "skip_reading_prefix_cache must be True or False"),
+        (dict(skip_reading_prefix_cache=1), "skip_reading_prefix_cache must be True or False"),
         (dict(repetition_detection=dict(min_count=2)), "repetition_detection must be RepetitionDetectionParams"),
         (dict(stream_interval=0), "stream_interval must be an integer of at least 1"),
         (dict(structured_outputs=1), "structured_outputs must be StructuredOutputsParams"),

@@ -318,6 +318,8 @@ def test_a_grammar_is_compiled_once(embedded, monkeypatch):
         (dict(json=3), "json must be a JSON schema"),
         (dict(choice=[]), "choice must be a list of texts"),
         (dict(regex=1), "regex must be a string"),
+        (dict(json_object="x"), "json_object must be True or False, got 'x'"),
+        (dict(regex="a", disable_any_whitespace=1), "disable_any_whitespace must be True or False, got 1"),
         (dict(jsn={}), "StructuredOutputsParams has no argument 'jsn'; did you mean 'json'"),
     ],
     ids=str,
