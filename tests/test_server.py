@@ -359,6 +359,7 @@ def test_other_mistakes(server):
 
 def test_small_endpoints(server, offline):
     assert request(server, "/health")[0] == 200 and request(server, "/version")[1].keys() == {"version"}
+    assert request(server, "/ping")[0] == request(server, "/ping", {})[0] == 200
     models = request(server, "/v1/models")[1]
     assert models["object"] == "list" and models["data"][0]["id"] == "smol"
     assert models["data"][0]["max_model_len"] == 2048
@@ -412,7 +413,7 @@ def test_keys_queue_and_body_limits(tiny):
         for headers in (None, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
             status, answer, _ = request(server, "/v1/models", headers=headers)
             assert status == 401 and answer["error"]["code"] == "invalid_api_key"
-        assert request(server, "/health")[0] == request(server, "/")[0] == 200
+        assert request(server, "/health")[0] == request(server, "/ping")[0] == request(server, "/")[0] == 200
         assert [model["id"] for model in request(server, "/v1/models", headers=key)[1]["data"]] == ["a", "b"]
         one = dict(prompt=[1, 2, 3], max_tokens=240, ignore_eos=True)
         assert request(server, "/v1/completions", dict(one, model="b"), headers=key)[1]["model"] == "b"

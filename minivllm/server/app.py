@@ -35,7 +35,7 @@ from minivllm.server.protocol import ChatBody, CompletionBody, DetokenizeBody, T
 from minivllm.server.service import EventStream, ServerOptions, Service, Work, until_disconnect
 
 PAGE = Path(__file__).with_name("page.html")
-OPEN_PATHS = ("/", "/health", "/version", "/metrics")  # need no key: they show nothing of anybody's requests
+OPEN_PATHS = ("/", "/health", "/ping", "/version", "/metrics")  # need no key: they show nothing of anybody's requests
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
@@ -50,6 +50,7 @@ def make_app(llm: AsyncLLM, options: ServerOptions) -> ASGIApp:
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         Route("/health", endpoints.health),
+        Route("/ping", endpoints.health, methods=["GET", "POST"]),  # SageMaker's name
         Route("/version", endpoints.version),
         Route("/metrics", endpoints.metrics),
         Route("/", endpoints.page),
