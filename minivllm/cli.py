@@ -90,9 +90,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (%(default)s)")
     add("--port", type=int, default=8000, help="0: any free one (%(default)s)")
-    add(
-        "--api-key", action="append", default=[], metavar="KEY", help="clients must send it; default: $MINIVLLM_API_KEY"
-    )
+    add("--api-key", action="append", default=[], metavar="KEY",
+        help="clients must send it; default: $MINIVLLM_API_KEY, or $VLLM_API_KEY")  # fmt: skip
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call the model; default: MODEL")
     add("--max-queued-requests", type=at_least(0), default=1024, metavar="N",
         help="that wait beyond those that run; more get status 429 (%(default)s)")  # fmt: skip
@@ -124,7 +123,7 @@ def _serve(args: argparse.Namespace) -> None:
     listener = bind(args.host, args.port)
     from minivllm.async_llm import AsyncLLM
 
-    environment = os.environ.get("MINIVLLM_API_KEY")
+    environment = os.environ.get("MINIVLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
     serve(
         listener,
         lambda: AsyncLLM(args.model, **engine_arguments(args)),

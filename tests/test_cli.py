@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +85,35 @@ def test_wrong_options_are_named(capsys):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert arguments[1] in capsys.readouterr().err
+
+
+def served(monkeypatch, *arguments, **environment):
+    """(what AsyncLLM, ServerOptions) that `minivllm serve` comes to with these arguments."""
+    from minivllm import async_llm
+    from minivllm.server import app
+
+    found = []
+    for name in ("MINIVLLM_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(async_llm, "AsyncLLM", lambda model, **given: SimpleNamespace(model=model, given=given))
+
+    def serve(listener, load, make_options, *_):
+        with listener:
+            llm = load()
+            found.extend([llm, make_options(llm)])
+
+    monkeypatch.setattr(app, "serve", serve)
+    assert main(["serve", "--port", "0", *arguments]) == 0
+    return found
+
+
+def test_keys_of_the_environment(monkeypatch):
+    assert served(monkeypatch)[1].api_keys == []
+    assert served(monkeypatch, VLLM_API_KEY="a")[1].api_keys == ["a"]
+    assert served(monkeypatch, VLLM_API_KEY="a", MINIVLLM_API_KEY="b")[1].api_keys == ["b"]
+    assert served(monkeypatch, "--api-key", "c", VLLM_API_KEY="a")[1].api_keys == ["c"]
 
 
 def test_generate(embedded):
