@@ -487,7 +487,7 @@ def test_what_needs_a_tokenizer_is_refused_without_one(tiny):
 
 def test_calls_that_are_cut_or_too_deep_are_text(server):
     from minivllm.server.chat import ChatCompletion
-    from minivllm.server.protocol import ChatBody
+    from minivllm.server.chat_protocol import ChatBody
 
     tool = dict(function=dict(name="f"))
     body = ChatBody(messages=CHAT, tools=[tool], tool_choice="required")

@@ -28,10 +28,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import minivllm
 from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.server.chat import ChatCompletion
+from minivllm.server.chat_protocol import ChatBody, TokenizeBody
 from minivllm.server.completions import Completion
 from minivllm.server.errors import ApiError, from_validation, shutting_down
 from minivllm.server.metrics import ServerMetrics
-from minivllm.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from minivllm.server.protocol import CompletionBody, DetokenizeBody
 from minivllm.server.service import EventStream, ServerOptions, Service, Work, until_disconnect
 
 PAGE = Path(__file__).with_name("page.html")

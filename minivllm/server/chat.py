@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from minivllm.outputs import CompletionOutput, Logprob
+from minivllm.server.chat_protocol import ChatBody
 from minivllm.server.errors import ApiError
-from minivllm.server.protocol import ChatBody
 from minivllm.server.service import Service, Usage, Work, finite, prompt_logprobs_json
 from minivllm.server.tool_parsers import PARSERS, ToolCall, ToolParser, guess_parser, needs_special_tokens
 

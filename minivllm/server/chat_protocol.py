@@ -1,0 +1,96 @@
+"""The bodies of chat/completions, and of what else takes conversations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.server.protocol import Body, Objects, SamplingBody
+
+
+class Function(Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: Objects = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.forced_function() is None:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among tools")
+        return self
+
+    def forced_function(self) -> Function | None:
+        """The function that tool_choice names."""
+        if not isinstance(self.tool_choice, NamedTool):
+            return None
+        name = self.tool_choice.function.name
+        return next((tool.function for tool in self.tools or () if tool.function.name == name), None)
+
+    def forced_output(self) -> StructuredOutputsParams | None:
+        """What tool_choice makes the text: the arguments of the function it names, or a list of calls."""
+        if (function := self.forced_function()) is not None:
+            return StructuredOutputsParams(json=function.parameters or {"type": "object"})
+        if self.tool_choice != "required":
+            return None
+        call = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool.function.name},
+                    "parameters": tool.function.parameters or {"type": "object"},
+                },
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+            for tool in self.tools or ()
+        ]
+        calls: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": call}}
+        return StructuredOutputsParams(json=calls | ({} if self.parallel_tool_calls else {"maxItems": 1}))
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Objects | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
