@@ -16,6 +16,7 @@ from conftest import RunningServer
 
 from minivllm import LLM, SamplingParams
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.server.chat_protocol import ChatBody
 from minivllm.server.protocol import ApiError, CompletionBody
 
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
@@ -207,6 +208,29 @@ def test_options_have_their_effect(server):
     assert complete(server, prompt="1, 2, 3,", max_tokens=1, **nulls)["choices"][0]["text"] == plain
 
 
+HARMLESS = dict(
+    priority=0, use_beam_search=False, length_penalty=1.0, best_of=1, echo=False, add_special_tokens=False,
+    include_reasoning=True, return_token_ids=False, return_tokens_as_token_ids=False, store=False, metadata={"a": "b"},
+    service_tier="auto", modalities=["text"], functions=[], function_call="none", top_logprobs=0,
+    parallel_tool_calls=True, prompt_cache_key="k", safety_identifier="s", user="u",
+)  # fmt: skip
+
+
+def test_fields_that_ask_for_nothing_change_nothing(server):
+    assert chat(server, max_tokens=3, **HARMLESS)["choices"] == chat(server, max_tokens=3)["choices"]
+    body = dict(prompt="1, 2, 3,", max_tokens=3, logprobs=1)
+    assert complete(server, **body, **HARMLESS)["choices"] == complete(server, **body)["choices"]
+
+
+def test_tools_reach_the_template_as_given():
+    tool = {
+        "function": {"name": "f", "parameters": {"default": None}, "return": {"type": "string"}, "strict": False},
+        "cache_control": {"type": "ephemeral"},
+    }
+    [found] = ChatBody(messages=CHAT, tools=[tool]).tools
+    assert found.given() == tool | {"type": "function"}
+
+
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "maximum": 99}},
@@ -252,7 +276,9 @@ def test_response_format_and_forced_calls(server):
     [
         ("completions", dict(), 400, "prompt", "prompt is missing"),
         ("completions", dict(prompt="x", suffix="y"), 400, "suffix", "suffix is not supported"),
-        ("completions", dict(prompt="x", best_of=3), 400, None, "best_of is not supported"),
+        ("completions", dict(prompt="x", best_of=3), 400, "best_of", "best_of is not supported"),
+        ("completions", dict(prompt="x", use_beam_search=True), 400, "use_beam_search", "use_beam_search is not"),
+        ("completions", dict(prompt="x", metadata="m"), 400, "metadata", "metadata"),
         ("completions", dict(prompt=""), 400, "prompt", "the prompt is empty"),
         ("completions", dict(prompt=[]), 400, None, "prompt"),
         ("completions", dict(prompt=[[1], []]), 400, "prompt", "the prompt is empty"),
@@ -274,7 +300,10 @@ def test_response_format_and_forced_calls(server):
         ("chat/completions", dict(messages=[]), 400, "messages", "messages"),
         ("chat/completions", dict(messages=[{"content": "x"}]), 400, "messages", "role"),
         ("chat/completions", dict(messages="Hi"), 400, "messages", "messages"),
-        ("chat/completions", dict(messages=CHAT, functions=[]), 400, "functions", "functions is not supported"),
+        ("chat/completions", dict(messages=CHAT, functions=[{}]), 400, "functions", "functions is not supported"),
+        ("chat/completions", dict(messages=CHAT, add_special_tokens=True), 400, "add_special_tokens", "not supported"),
+        ("chat/completions", dict(messages=CHAT, store=True), 400, "store", "store is not supported"),
+        ("chat/completions", dict(messages=CHAT, tools=[dict(type="web")]), 400, "tools", "tools"),
         ("chat/completions", dict(messages=CHAT, top_logprobs=2), 400, None, "top_logprobs needs logprobs"),
         ("chat/completions", dict(messages=CHAT, tool_choice="auto"), 400, None, "tool_choice needs tools"),
         ("chat/completions", dict(messages=CHAT, chat_template="{{ 1/0 }}"), 400, "chat_template", "--trust-request"),
@@ -487,7 +516,6 @@ def test_what_needs_a_tokenizer_is_refused_without_one(tiny):
 
 def test_calls_that_are_cut_or_too_deep_are_text(server):
     from minivllm.server.chat import ChatCompletion
-    from minivllm.server.chat_protocol import ChatBody
 
     tool = dict(function=dict(name="f"))
     body = ChatBody(messages=CHAT, tools=[tool], tool_choice="required")

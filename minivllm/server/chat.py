@@ -62,9 +62,7 @@ class ChatCompletion(Work):
     async def start(self) -> None:
         body = self._body
         continues = body.continue_final_message
-        tools = (
-            None if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-        )
+        tools = None if body.tool_choice == "none" else [tool.given() for tool in body.tools or ()]
         try:
             render = partial(
                 self._llm.inputs.preprocess_chat,

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from minivllm.sampling_params import StructuredOutputsParams
 from minivllm.server.protocol import Body, Objects, SamplingBody
 
 
 class Function(Body):
+    model_config = ConfigDict(extra="allow")  # the template's to understand
+
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
 class Tool(Body):
+    model_config = ConfigDict(extra="allow")
+
     type: Literal["function"] = "function"
     function: Function
+
+    def given(self) -> dict[str, Any]:
+        """As the client wrote it."""
+        return {"type": self.type, **self.model_dump(exclude_unset=True)}
 
 
 class NamedFunction(Body):
@@ -48,7 +55,7 @@ class ChatBody(SamplingBody):
 
     @model_validator(mode="after")
     def _check(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice needs tools")

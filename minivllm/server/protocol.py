@@ -1,11 +1,11 @@
 """The bodies of requests: OpenAI's fields, and those that vLLM adds.  What is not here is refused by name.
 
-A field that is null counts as left out.
+A field that is null counts as left out, and so does one that says what is the case anyway.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,7 @@ from minivllm.sampling_params import (
     StructuredOutputsParams,
 )
 from minivllm.server.errors import ApiError
+from minivllm.validation import NotSupported
 
 # Fields that go to SamplingParams under their own names.
 SAMPLING_FIELDS = (
@@ -24,6 +25,25 @@ SAMPLING_FIELDS = (
     "spaces_between_special_tokens", "include_stop_str_in_output", "truncate_prompt_tokens", "allowed_token_ids",
     "bad_words", "stream_interval",
 )  # fmt: skip
+# Fields that ask for something there is not, in bodies whose class has no such field: for each the values that do not
+# ask, which clients send as defaults, and what to do instead.
+NOT_SUPPORTED: NotSupported = {
+    "add_special_tokens": ((False,), "the chat template writes them"),
+    "echo": ((False,), "/v1/completions has it"),
+    "function_call": (("none",), "use tool_choice"),
+    "functions": (([],), "use tools"),
+    "include_reasoning": ((True,), "reasoning is part of the text"),
+    "length_penalty": ((1,), "beam search is LLM.beam_search"),
+    "modalities": ((["text"],), "answers are text"),
+    "parallel_tool_calls": ((True,), "/v1/chat/completions has it"),
+    "priority": ((0,), "requests are served in the order they come"),
+    "return_token_ids": ((False,), "/tokenize has those of a text"),
+    "return_tokens_as_token_ids": ((False,), "/tokenize has those of a text"),
+    "service_tier": (("auto", "default"), "there is one"),
+    "store": ((False,), "answers are not kept"),
+    "top_logprobs": ((0,), "use logprobs"),
+    "use_beam_search": ((False,), "beam search is LLM.beam_search"),
+}
 MAX_OUTPUTS = 128  # n, and prompts of one body
 # Checked up to the first wrong entry: a long list of wrong ones would take as many errors.
 Texts = Annotated[list[str], Field(fail_fast=True)]
@@ -33,13 +53,19 @@ Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=False)
+    not_supported: ClassVar[NotSupported] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             raise ValueError("the body must be a JSON object")
-        return {name: value for name, value in body.items() if value is not None}
+        kept = {name: value for name, value in body.items() if value is not None}
+        for name in kept.keys() & (cls.not_supported.keys() - cls.model_fields.keys()):
+            harmless, remedy = cls.not_supported[name]
+            if kept.pop(name) not in harmless:
+                raise ApiError(400, f"{name} is not supported; {remedy}", name, "unsupported_parameter")
+        return kept
 
 
 class StreamOptions(Body):
@@ -94,6 +120,7 @@ class RepetitionDetection(Body):
 class SamplingBody(Body):
     """What chat and completions have in common."""
 
+    not_supported = NOT_SUPPORTED
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -107,7 +134,12 @@ class SamplingBody(Body):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     response_format: ResponseFormat | None = None
-    user: str | None = None  # who asks; changes nothing
+    best_of: int | None = None
+    # Who asks, and the like: they change nothing.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     # vLLM's
     top_k: int | None = None
     min_p: float | None = None
@@ -126,6 +158,12 @@ class SamplingBody(Body):
     repetition_detection: RepetitionDetection | None = None
     stream_interval: int | None = None
     request_id: str | None = Field(None, min_length=1, max_length=200)
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> SamplingBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError(400, "best_of is not supported; use n", "best_of", "unsupported_parameter")
+        return self
 
     def sampling_params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
         """`others` over what the body says over the model's `defaults`.  Raises ApiError for what makes no sense."""
@@ -168,13 +206,10 @@ class CompletionBody(SamplingBody):
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0)
-    best_of: int | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> CompletionBody:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of is not supported; use n")
         if len(self.prompts()) > MAX_OUTPUTS:
             raise ValueError(f"prompt has more than {MAX_OUTPUTS} prompts")
         if not self.prompts():
