@@ -243,6 +243,20 @@ TOOLS = [
 ]
 
 
+WRITES_TOOLS = (
+    "{{ mood }}{% for tool in tools or () %}{{ tool | tojson }}{% endfor %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+)
+
+
+def test_tools_stay_in_the_prompt_where_none_may_be_called(server, monkeypatch):
+    monkeypatch.setattr(server.llm.inputs, "chat_template", WRITES_TOOLS)
+    answer = chat(server, tools=TOOLS, tool_choice="none", max_tokens=1)
+    without = chat(server, max_tokens=1)
+    assert answer["usage"]["prompt_tokens"] > without["usage"]["prompt_tokens"] + 50
+    assert "tool_calls" not in answer["choices"][0]["message"]
+
+
 def test_response_format_and_forced_calls(server):
     pytest.importorskip("llguidance")
     messages = [{"role": "user", "content": "Ann is 31 years old. Save her."}]

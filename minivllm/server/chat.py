@@ -62,7 +62,6 @@ class ChatCompletion(Work):
     async def start(self) -> None:
         body = self._body
         continues = body.continue_final_message
-        tools = None if body.tool_choice == "none" else [tool.given() for tool in body.tools or ()]
         try:
             render = partial(
                 self._llm.inputs.preprocess_chat,
@@ -70,7 +69,7 @@ class ChatCompletion(Work):
                 chat_template=body.chat_template,
                 add_generation_prompt=body.add_generation_prompt and not continues,
                 continue_final_message=continues,
-                tools=tools or None,
+                tools=[tool.given() for tool in body.tools or ()] or None,
                 chat_template_kwargs=body.chat_template_kwargs,
             )
             prompt = await self._llm.with_tokenizer(render)
