@@ -16,8 +16,9 @@ from conftest import RunningServer
 
 from minivllm import LLM, SamplingParams
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from minivllm.server.chat_protocol import ChatBody
+from minivllm.server.chat_protocol import ChatBody, TokenizeBody
 from minivllm.server.protocol import ApiError, CompletionBody
+from minivllm.server.service import ServerOptions, Service
 
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -255,6 +256,35 @@ def test_tools_stay_in_the_prompt_where_none_may_be_called(server, monkeypatch):
     without = chat(server, max_tokens=1)
     assert answer["usage"]["prompt_tokens"] > without["usage"]["prompt_tokens"] + 50
     assert "tool_calls" not in answer["choices"][0]["message"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(),
+        dict(tools=TOOLS, tool_choice="none"),
+        dict(chat_template_kwargs={"mood": "merry " * 9}),
+        dict(messages=[*CHAT, {"role": "assistant", "content": "The capital"}], continue_final_message=True),
+    ],
+)
+def test_prompts_of_chats_can_be_counted(server, monkeypatch, more):
+    monkeypatch.setattr(server.llm.inputs, "chat_template", WRITES_TOOLS)
+    body = dict(messages=CHAT) | more
+    expected = chat(server, max_tokens=1, **body)["usage"]["prompt_tokens"]
+    body.pop("tool_choice", None)
+    assert request(server, "/tokenize", body)[1]["count"] == expected
+
+
+def test_templates_of_clients_need_trust(server):
+    body = TokenizeBody(messages=CHAT, chat_template="{{ messages[0].content }}!")
+    service = Service(server.llm, ServerOptions(["m"], trust_request_chat_template=True), None)
+    assert server.call(service.render(CHAT, body))["prompt"] == CHAT[0]["content"] + "!"
+    path = body.model_copy(update={"chat_template": "/etc/hostname"})
+    with pytest.raises(ApiError, match="must be the text"):
+        server.call(service.render(CHAT, path))
+    for endpoint in ("/tokenize", "/v1/chat/completions"):
+        status, answer, _ = request(server, endpoint, body.model_dump(include={"messages", "chat_template"}))
+        assert status == 400 and answer["error"]["param"] == "chat_template"
 
 
 def test_response_format_and_forced_calls(server):

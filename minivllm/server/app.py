@@ -140,10 +140,7 @@ class _Endpoints:
         try:
             tokenizer = self._llm.get_tokenizer()
             if body.messages is not None:
-                render = partial(
-                    self._llm.inputs.preprocess_chat, body.messages, add_generation_prompt=body.add_generation_prompt
-                )
-                prompt: Any = await self._llm.with_tokenizer(render)
+                prompt: Any = await self._service.render(body.messages, body)
                 tokens = prompt["prompt_token_ids"]
             elif body.prompt is not None:
                 tokenize = partial(tokenizer, body.prompt, add_special_tokens=body.add_special_tokens)

@@ -6,7 +6,6 @@ import json
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from minivllm.outputs import CompletionOutput, Logprob
@@ -37,12 +36,6 @@ class ChatCompletion(Work):
     def __init__(self, service: Service, body: ChatBody) -> None:
         super().__init__(service, body)
         self._body = body
-        if body.chat_template is not None and not service.options.trust_request_chat_template:
-            raise ApiError(
-                400, "chat_template needs a server started with --trust-request-chat-template", "chat_template"
-            )
-        if body.chat_template is not None and "{" not in body.chat_template:
-            raise ApiError(400, "chat_template must be the text of a Jinja template", "chat_template")  # never a path
         self._forced = body.forced_function()  # its arguments are all that the model may write
         self._requires_calls = body.tool_choice == "required"
         self._parser = self._find_parser() if body.tools and body.tool_choice in (None, "auto") else None
@@ -60,21 +53,7 @@ class ChatCompletion(Work):
         self._choices: dict[int, Choice] = {}
 
     async def start(self) -> None:
-        body = self._body
-        continues = body.continue_final_message
-        try:
-            render = partial(
-                self._llm.inputs.preprocess_chat,
-                body.messages,
-                chat_template=body.chat_template,
-                add_generation_prompt=body.add_generation_prompt and not continues,
-                continue_final_message=continues,
-                tools=[tool.given() for tool in body.tools or ()] or None,
-                chat_template_kwargs=body.chat_template_kwargs,
-            )
-            prompt = await self._llm.with_tokenizer(render)
-        except ValueError as error:
-            raise ApiError(400, str(error), "messages") from None
+        prompt = await self._service.render(self._body.messages, self._body)
         self._running = await self._service.start([prompt], self._params, self._id, "messages")
 
     async def answer(self) -> dict[str, Any]:

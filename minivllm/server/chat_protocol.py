@@ -38,20 +38,35 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class ChatBody(SamplingBody):
+class Conversation(Body):
+    """What makes a prompt of messages."""
+
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template_options(self) -> dict[str, Any]:
+        """Those of preprocess_chat."""
+        return dict(
+            chat_template=self.chat_template,
+            add_generation_prompt=self.add_generation_prompt and not self.continue_final_message,
+            continue_final_message=self.continue_final_message,
+            tools=[tool.given() for tool in self.tools or ()] or None,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+
+class ChatBody(SamplingBody, Conversation):
     """POST /v1/chat/completions."""
 
     messages: Objects = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool = True
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatBody:
@@ -92,12 +107,11 @@ class ChatBody(SamplingBody):
         return StructuredOutputsParams(json=calls | ({} if self.parallel_tool_calls else {"maxItems": 1}))
 
 
-class TokenizeBody(Body):
+class TokenizeBody(Conversation):
     """POST /tokenize: a prompt, or messages."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Objects | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool = True  # to a prompt
     return_token_strs: bool = False

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -20,6 +21,7 @@ from minivllm.inputs import Prompt
 from minivllm.output_stream import OutputStream
 from minivllm.outputs import Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
+from minivllm.server.chat_protocol import Conversation
 from minivllm.server.errors import ApiError, shutting_down
 from minivllm.server.metrics import RequestWatch, ServerMetrics
 from minivllm.server.protocol import SamplingBody
@@ -79,6 +81,20 @@ class Service:
                 404, f"the model {name!r} does not exist; there is {', '.join(names)}", "model", "model_not_found"
             )
         return name or names[0]
+
+    async def render(self, messages: Sequence[dict[str, Any]], body: Conversation) -> Prompt:
+        """The prompt that messages become.  A 400 if they cannot, or the body has a template that may not be used."""
+        if body.chat_template is not None and not self.options.trust_request_chat_template:
+            raise ApiError(
+                400, "chat_template needs a server started with --trust-request-chat-template", "chat_template"
+            )
+        if body.chat_template is not None and "{" not in body.chat_template:
+            raise ApiError(400, "chat_template must be the text of a Jinja template", "chat_template")  # never a path
+        render = partial(self.llm.inputs.preprocess_chat, messages, **body.template_options())
+        try:
+            return await self.llm.with_tokenizer(render)
+        except ValueError as error:
+            raise ApiError(400, str(error), "messages") from None
 
     async def start(self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str, param: str) -> Running:
         """Queue a request for each prompt.  `param`: the field that the prompts come from.  A 429 if too many wait
