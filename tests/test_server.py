@@ -297,6 +297,14 @@ def test_response_format_and_forced_calls(server):
     assert complete(server, prompt="Answer:", structured_outputs={"choice": ["yes", "no"]})["choices"][0]["text"] in (
         "yes", "no",
     )  # fmt: skip
+    structures = [{"begin": "The capital of ", "schema": {"enum": ["Spain"]}, "end": "!"}]
+    tag = {"structures": structures, "triggers": ["The capital"]}
+    for asked in (
+        dict(structured_outputs={"structural_tag": json.dumps(tag)}),
+        dict(response_format={"type": "structural_tag"} | tag),
+    ):
+        text = chat(server, max_tokens=12, **asked)["choices"][0]["message"]["content"]
+        assert text.startswith('The capital of "Spain"!'), text
     named = {"type": "function", "function": {"name": "save_person"}}
     for choice, reason in ((named, "stop"), ("required", "tool_calls")):
         body = dict(messages=messages, tools=TOOLS, tool_choice=choice, max_tokens=120)
@@ -313,6 +321,10 @@ def test_response_format_and_forced_calls(server):
     turn = [*messages, {"role": "assistant", "content": None, "tool_calls": [call]}]
     turn.append({"role": "tool", "tool_call_id": call["id"], "content": "saved"})
     assert chat(server, messages=turn, max_tokens=3)["usage"]["completion_tokens"] <= 3
+
+
+WRONG_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+WRONG_TOOLS = [{"function": {"name": "f", "parameters": {"type": "nonsense"}}}]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +347,9 @@ def test_response_format_and_forced_calls(server):
         ("completions", dict(prompt="x", repetition_detection=dict(max_pattern_size=2)), 400, "repetition_detection",
          "min_count must be at least 2"),
         ("completions", dict(prompt="x", stream_interval=0), 400, "stream_interval", "stream_interval must be"),
-        ("completions", dict(prompt="x", logprobs=99), 400, "prompt", "max_logprobs"),
+        ("completions", dict(prompt="x", logprobs=99), 400, "logprobs", "logprobs asks for 99, more than max_logprobs"),
+        ("completions", dict(prompt="x", prompt_logprobs=99), 400, "prompt_logprobs", "prompt_logprobs asks for 99"),
+        ("completions", dict(prompt="x", stop_token_ids=[10**9]), 400, "stop_token_ids", "outside the vocabulary"),
         ("completions", dict(prompt="x", n=1000), 400, "n", "n"),
         ("completions", dict(prompt="x", logit_bias={"a": 1}), 400, "logit_bias", "logit_bias"),
         ("completions", dict(prompt="x", stream_options={}), 400, "stream_options", "stream: true"),
@@ -357,10 +371,21 @@ def test_response_format_and_forced_calls(server):
         ("chat/completions", dict(messages=[{"role": "user", "tool_calls": 5}]), 400, "messages", "tool_calls"),
         ("chat/completions", dict(messages=[{"role": "user", "tool_calls": ["a"]}]), 400, "messages", "tool_calls"),
         ("chat/completions", dict(messages=[3] * 100_000), 400, "messages.0", "messages.0"),
-        ("completions", dict(prompt="x", structured_outputs={"grammar": 'root ::= "'}), 400, None, "structured"),
-        ("completions", dict(prompt="x", structured_outputs={"json": "[" * 100_000}), 400, None, "structured_outputs"),
+        ("completions", dict(prompt="x", structured_outputs={"grammar": 'root ::= "'}), 400, "structured_outputs",
+         "structured_outputs: "),
+        ("completions", dict(prompt="x", structured_outputs={"json": "[" * 100_000}), 400, "structured_outputs", ""),
         ("completions", dict(prompt="x", bad_words=[" "]), 400, None, "bad_words"),
         ("completions", dict(prompt="x", n=128, stream=True, prompt_logprobs=1), 400, "prompt_logprobs", "stream"),
+        ("chat/completions", dict(messages=CHAT, logprobs=True, top_logprobs=25), 400, "top_logprobs",
+         "top_logprobs asks for 25"),
+        ("chat/completions", dict(messages=CHAT, min_tokens=9, max_completion_tokens=5), 400, "min_tokens", "exceed"),
+        ("chat/completions", dict(messages=CHAT, response_format=WRONG_SCHEMA), 400, "response_format",
+         "response_format: "),
+        ("chat/completions", dict(messages=CHAT, tools=WRONG_TOOLS, tool_choice="required"), 400, "tools", "tools: "),
+        ("chat/completions", dict(messages=CHAT, response_format={"type": "structural_tag"}), 400, "response_format",
+         "triggers"),
+        ("chat/completions", dict(messages=CHAT, response_format={"type": "json_object"}, structured_outputs=dict(
+            regex="a")), 400, "structured_outputs", "different texts"),
         ("chat/completions", dict(messages=CHAT, response_format={"type": "yaml"}), 400, "response_format.type", ""),
         (
             "chat/completions",

@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from minivllm.outputs import CompletionOutput, Logprob
@@ -54,7 +55,8 @@ class ChatCompletion(Work):
 
     async def start(self) -> None:
         prompt = await self._service.render(self._body.messages, self._body)
-        self._running = await self._service.start([prompt], self._params, self._id, "messages")
+        refusal = partial(self._body.refusal, otherwise="messages")
+        self._running = await self._service.start([prompt], self._params, self._id, refusal)
 
     async def answer(self) -> dict[str, Any]:
         usage, choices, prompt_logprobs = Usage(), [], None

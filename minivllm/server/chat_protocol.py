@@ -78,6 +78,15 @@ class ChatBody(SamplingBody, Conversation):
             raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among tools")
         return self
 
+    def own_names(self) -> dict[str, str]:
+        """Tools may ask for a form too."""
+        names = super().own_names() | {"logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        if self.structured_outputs is None and self.forced_output() is not None:
+            names["structured_outputs"] = "tools"
+        return names
+
     def forced_function(self) -> Function | None:
         """The function that tool_choice names."""
         if not isinstance(self.tool_choice, NamedTool):

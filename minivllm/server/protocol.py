@@ -5,6 +5,8 @@ A field that is null counts as left out, and so does one that says what is the c
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -81,8 +83,10 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    structures: Objects | None = None  # of a structural tag
+    triggers: Texts | None = None
 
     def structured_outputs(self) -> StructuredOutputsParams | None:
         """What it asks of the text."""
@@ -92,6 +96,9 @@ class ResponseFormat(Body):
             if self.json_schema is None or self.json_schema.schema_ is None:
                 raise ApiError(400, "response_format.json_schema needs a schema", "response_format")
             return StructuredOutputsParams(json=self.json_schema.schema_)
+        if self.type == "structural_tag":
+            tag = {"structures": self.structures, "triggers": self.triggers}
+            return StructuredOutputsParams(structural_tag=json.dumps(tag))
         return None
 
 
@@ -182,22 +189,34 @@ class SamplingBody(Body):
         try:
             if self.repetition_detection is not None:
                 options["repetition_detection"] = RepetitionDetectionParams(**self.repetition_detection.model_dump())
-            asked = [self._structured_outputs(), options.pop("structured_outputs", None)]
+            asked = [*self._structured_outputs(), options.pop("structured_outputs", None)]
             asked = [one for one in asked if one is not None]
             if len(asked) > 1:
-                raise ValueError("structured_outputs, response_format and tool_choice ask for different texts")
+                raise ApiError(400, "structured_outputs, response_format and tool_choice ask for different texts; "
+                               "give one", "structured_outputs")  # fmt: skip
             return SamplingParams(**options, structured_outputs=asked[0] if asked else None, output_kind=kind)
         except ValueError as error:
-            raise ApiError(400, str(error), str(error).split()[0].rstrip(":,")) from None
+            raise self.refusal(str(error)) from None
 
-    def _structured_outputs(self) -> StructuredOutputsParams | None:
+    def refusal(self, message: str, otherwise: str | None = None) -> ApiError:
+        """What SamplingParams or the engine find wrong, by the name that the field has here; `otherwise`: the field, if
+        the message does not begin with one."""
+        word = re.match(r"\w*", message)[0]  # type: ignore[index]
+        name = self.own_names().get(word, word)
+        if name not in type(self).model_fields:
+            return ApiError(400, message, otherwise)
+        return ApiError(400, name + message.removeprefix(word), name)
+
+    def own_names(self) -> dict[str, str]:
+        """Options of SamplingParams, and the fields that they come from, where these are called otherwise."""
+        return {} if self.structured_outputs is not None else {"structured_outputs": "response_format"}
+
+    def _structured_outputs(self) -> list[StructuredOutputsParams | None]:
         own = self.structured_outputs
         from_format = None if self.response_format is None else self.response_format.structured_outputs()
         if own is None:
-            return from_format
-        if from_format is not None:
-            raise ValueError("structured_outputs and response_format ask for different texts; give one")
-        return StructuredOutputsParams(json=own.json_, **own.model_dump(exclude={"json_"}))
+            return [from_format]
+        return [from_format, StructuredOutputsParams(json=own.json_, **own.model_dump(exclude={"json_"}))]
 
 
 class CompletionBody(SamplingBody):
@@ -215,6 +234,10 @@ class CompletionBody(SamplingBody):
         if not self.prompts():
             raise ValueError("prompt is empty")
         return self
+
+    def own_names(self) -> dict[str, str]:
+        """With echo, logprobs are those of the prompt too."""
+        return super().own_names() | ({} if self.prompt_logprobs is not None else {"prompt_logprobs": "logprobs"})
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt: text, or token ids."""

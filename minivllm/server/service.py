@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,9 +96,15 @@ class Service:
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from None
 
-    async def start(self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str, param: str) -> Running:
-        """Queue a request for each prompt.  `param`: the field that the prompts come from.  A 429 if too many wait
-        already, a 400 if one of them cannot be run."""
+    async def start(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        request_id: str,
+        refusal: Callable[[str], ApiError],
+    ) -> Running:
+        """Queue a request for each prompt.  A 429 if too many wait already; if one of them cannot be run, what
+        `refusal` makes of the reason."""
         most = self.llm.facts.max_num_seqs + self.options.max_queued_requests
         num_outputs = len(prompts) * params.n
         if num_outputs > most:
@@ -126,7 +132,7 @@ class Service:
             if isinstance(failure, BaseException):
                 await running.close()
                 if isinstance(failure, ValueError):
-                    raise ApiError(400, str(failure), param) from None
+                    raise refusal(str(failure)) from None
                 raise failure
         return running
 
