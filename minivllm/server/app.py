@@ -31,9 +31,10 @@ from minivllm.server.chat import ChatCompletion
 from minivllm.server.chat_protocol import ChatBody, TokenizeBody
 from minivllm.server.completions import Completion
 from minivllm.server.errors import ApiError, from_validation, shutting_down
+from minivllm.server.event_stream import EventStream, until_disconnect
 from minivllm.server.metrics import ServerMetrics
 from minivllm.server.protocol import CompletionBody, DetokenizeBody
-from minivllm.server.service import EventStream, ServerOptions, Service, Work, until_disconnect
+from minivllm.server.service import ServerOptions, Service, Work
 
 PAGE = Path(__file__).with_name("page.html")
 OPEN_PATHS = ("/", "/health", "/ping", "/version", "/metrics")  # need no key: they show nothing of anybody's requests

@@ -1,28 +1,23 @@
-"""What the endpoints share: starting requests, watching for clients that hang up, server-sent events."""
+"""What the endpoints share: prompts, and requests from their start to their end."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
-
-from minivllm.async_llm import AsyncLLM, EngineDeadError
+from minivllm.async_llm import AsyncLLM
 from minivllm.inputs import Prompt
 from minivllm.output_stream import OutputStream
 from minivllm.outputs import Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
 from minivllm.server.chat_protocol import Conversation
-from minivllm.server.errors import ApiError, shutting_down
+from minivllm.server.errors import ApiError
 from minivllm.server.metrics import RequestWatch, ServerMetrics
 from minivllm.server.protocol import SamplingBody
 
@@ -219,64 +214,6 @@ async def _merged(streams: Sequence[OutputStream]) -> AsyncIterator[tuple[int, R
     finally:
         for task in waiting:
             task.cancel()
-
-
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Any]) -> Any:
-    """Do `work`, but cancel it when the client hangs up; None then."""
-
-    async def hang_up() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hang_up())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class EventStream(Response):
-    """Server-sent events: a JSON object each, and [DONE]."""
-
-    def __init__(self, work: Work) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        del self.headers["content-length"]
-        self._work = work
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await until_disconnect(receive, self._write(send))
-        except asyncio.CancelledError:
-            await self._end(send, shutting_down())
-        finally:
-            await self._work.close()
-
-    async def _write(self, send: Send) -> None:
-        try:
-            async with aclosing(self._work.events()) as events:
-                async for content in events:
-                    await send(_event(json.dumps(content, ensure_ascii=False, separators=(",", ":"))))
-        except (EngineDeadError, ApiError) as error:
-            await self._end(send, error if isinstance(error, ApiError) else ApiError(500, str(error)))
-        except Exception as error:
-            await self._end(send, ApiError(500, f"{type(error).__name__}: {error}"))
-            raise
-        else:
-            await self._end(send)
-
-    async def _end(self, send: Send, failure: ApiError | None = None) -> None:
-        if failure is not None:  # the status has been sent already
-            await send(_event(json.dumps(failure.body())))
-        await send(_event("[DONE]"))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _event(content: str) -> Message:
-    return {"type": "http.response.body", "body": f"data: {content}\n\n".encode(), "more_body": True}
 
 
 def prompt_logprobs_json(entries: Sequence[dict[int, Logprob] | None] | None) -> list[Any] | None:
