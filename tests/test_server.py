@@ -354,7 +354,7 @@ WRONG_TOOLS = [{"function": {"name": "f", "parameters": {"type": "nonsense"}}}]
         ("completions", dict(prompt="x", logit_bias={"a": 1}), 400, "logit_bias", "logit_bias"),
         ("completions", dict(prompt="x", stream_options={}), 400, "stream_options", "stream: true"),
         ("completions", dict(prompt="x", model="gpt-9"), 404, "model", "does not exist"),
-        ("completions", dict(prompt=[5] * 3000), 400, "prompt", "max_model_len is 2048"),
+        ("completions", dict(prompt=[5] * 3000), 400, "prompt", "maximum context length is 2048 tokens"),
         ("chat/completions", dict(messages=[]), 400, "messages", "messages"),
         ("chat/completions", dict(messages=[{"content": "x"}]), 400, "messages", "role"),
         ("chat/completions", dict(messages="Hi"), 400, "messages", "messages"),
@@ -399,6 +399,34 @@ def test_mistakes(server, path, body, status, param, message):
     assert found == status and message in answer["error"]["message"], answer
     assert answer["error"].keys() == {"message", "type", "param", "code"}
     assert param is None or answer["error"]["param"] == param
+    server.wait_until_idle()
+
+
+def test_more_tokens_than_there_is_room_for(server):
+    """What is asked for is given or refused; who does not say gets what fits."""
+    ids = [5] * 2040
+    room = dict(prompt=ids, ignore_eos=True)
+    assert complete(server, **room)["usage"]["completion_tokens"] == 8
+    text = "a " * 1500
+    length = request(server, "/tokenize", {"prompt": text})[1]["count"]
+    chat_length = request(server, "/tokenize", {"messages": CHAT})[1]["count"]
+    for path, body, wanted, given in (
+        ("completions", dict(prompt=ids, max_tokens=9), 9, 2040),
+        ("completions", dict(prompt=[[1], ids], max_tokens=9, stream=True), 9, 2040),
+        ("completions", dict(prompt=text, max_tokens=1000), 1000, length),
+        ("completions", dict(prompt=ids + ids, max_tokens=9, truncate_prompt_tokens=2041), 9, 2041),
+        ("completions", dict(prompt=ids + ids, max_tokens=0, echo=True), "at least 1", 4080),
+        ("chat/completions", dict(messages=CHAT, max_tokens=2040), 2040, chat_length),
+        ("chat/completions", dict(messages=CHAT, max_completion_tokens=2041, max_tokens=1), 2041, chat_length),
+    ):
+        status, answer, _ = request(server, "/v1/" + path, body)
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded", answer
+        assert answer["error"]["message"].startswith(
+            f"This model's maximum context length is 2048 tokens. However, you requested {wanted} output tokens and "
+            f"your prompt contains {given} tokens"
+        )
+    usage = complete(server, **room, max_tokens=20, truncate_prompt_tokens=-1)["usage"]
+    assert usage["prompt_tokens"] == 2028 and usage["completion_tokens"] == 20
     server.wait_until_idle()
 
 

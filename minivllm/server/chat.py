@@ -6,7 +6,6 @@ import json
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from minivllm.outputs import CompletionOutput, Logprob
@@ -45,7 +44,7 @@ class ChatCompletion(Work):
             others["skip_special_tokens"] = False
         self._params = body.sampling_params(
             {"max_tokens": None} | service.llm.inputs.default_options(),  # None: up to max_model_len
-            max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+            max_tokens=body.asked_tokens(),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
             structured_outputs=body.forced_output(),
@@ -55,8 +54,7 @@ class ChatCompletion(Work):
 
     async def start(self) -> None:
         prompt = await self._service.render(self._body.messages, self._body)
-        refusal = partial(self._body.refusal, otherwise="messages")
-        self._running = await self._service.start([prompt], self._params, self._id, refusal)
+        self._running = await self._service.start([prompt], self._params, self._body, self._id, "messages")
 
     async def answer(self) -> dict[str, Any]:
         usage, choices, prompt_logprobs = Usage(), [], None

@@ -78,6 +78,10 @@ class ChatBody(SamplingBody, Conversation):
             raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among tools")
         return self
 
+    def asked_tokens(self) -> int | None:
+        """OpenAI's newer name comes first."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     def own_names(self) -> dict[str, str]:
         """Tools may ask for a form too."""
         names = super().own_names() | {"logprobs": "top_logprobs"}

@@ -44,8 +44,7 @@ class Completion(Work):
             prompts: list[Prompt] = [await self._prompt(prompt) for prompt in self._body.prompts()]
         except ValueError as error:
             raise ApiError(400, f"prompt: {error}", "prompt") from None
-        refusal = partial(self._body.refusal, otherwise="prompt")
-        self._running = await self._service.start(prompts, self._params, self._id, refusal)
+        self._running = await self._service.start(prompts, self._params, self._body, self._id, "prompt")
 
     async def answer(self) -> dict[str, Any]:
         usage = Usage()

@@ -172,6 +172,10 @@ class SamplingBody(Body):
             raise ApiError(400, "best_of is not supported; use n", "best_of", "unsupported_parameter")
         return self
 
+    def asked_tokens(self) -> int | None:
+        """How many tokens of output the client wants to have room for, if it says so."""
+        return self.max_tokens
+
     def sampling_params(self, defaults: dict[str, Any], **others: Any) -> SamplingParams:
         """`others` over what the body says over the model's `defaults`.  Raises ApiError for what makes no sense."""
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}

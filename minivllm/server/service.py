@@ -6,8 +6,8 @@ import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -92,14 +92,10 @@ class Service:
             raise ApiError(400, str(error), "messages") from None
 
     async def start(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        request_id: str,
-        refusal: Callable[[str], ApiError],
+        self, prompts: Sequence[Prompt], params: SamplingParams, body: SamplingBody, request_id: str, param: str
     ) -> Running:
-        """Queue a request for each prompt.  A 429 if too many wait already; if one of them cannot be run, what
-        `refusal` makes of the reason."""
+        """Queue a request for each prompt.  `param`: the field that they come from.  A 429 if too many wait already, a
+        400 if one of them cannot be run."""
         most = self.llm.facts.max_num_seqs + self.options.max_queued_requests
         num_outputs = len(prompts) * params.n
         if num_outputs > most:
@@ -109,8 +105,12 @@ class Service:
                 429, "too many requests are waiting; come back later", code="queue_full", headers={"Retry-After": "1"}
             )
         self.num_open += num_outputs
+        num_asked = body.asked_tokens() or 0
+        if params.truncate_prompt_tokens == -1:
+            rest = self.llm.facts.max_model_len - max(1, num_asked)
+            params = replace(params, truncate_prompt_tokens=max(1, rest))
         adding = [
-            asyncio.ensure_future(self.llm.add_request(prompt, params, f"{request_id}-{i}"))
+            asyncio.ensure_future(self._add(prompt, params, num_asked, f"{request_id}-{i}", param))
             for i, prompt in enumerate(prompts)
         ]
         running = Running(self, [], num_outputs)
@@ -127,9 +127,32 @@ class Service:
             if isinstance(failure, BaseException):
                 await running.close()
                 if isinstance(failure, ValueError):
-                    raise refusal(str(failure)) from None
+                    raise body.refusal(str(failure), param) from None
                 raise failure
         return running
+
+    async def _add(
+        self, prompt: Any, params: SamplingParams, num_asked: int, request_id: str, param: str
+    ) -> OutputStream:
+        """Queue one request.  A 400 if the tokens that its body asks for do not fit behind the prompt, where LLM would
+        cut the answer: clients of OpenAI's API then shorten the conversation."""
+        if isinstance(prompt, str):
+            check = self.llm.inputs.check
+            token_ids, _, _ = await self.llm.with_tokenizer(check, prompt, params, params.output_kind)
+            prompt = {"prompt": prompt, "prompt_token_ids": token_ids}
+        num_prompt = len(prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt)
+        num_prompt = min(num_prompt, params.truncate_prompt_tokens or num_prompt)
+        limit = self.llm.facts.max_model_len
+        if num_prompt + max(1, num_asked) > limit:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{num_asked or 'at least 1'} output tokens and your prompt contains {num_prompt} tokens. Shorten the "
+                "prompt, lower max_tokens, or start the server with a larger max_model_len.",
+                param,
+                "context_length_exceeded",
+            )
+        return await self.llm.add_request(prompt, params, request_id)
 
 
 class Running:
