@@ -314,6 +314,14 @@ def test_response_format_and_forced_calls(server):
         assert call["type"] == "function" and call["id"] and json.loads(call["function"]["arguments"]) is not None
         parts = stream(server, "/v1/chat/completions", body | {"temperature": 0})
         calls = [c for p in parts for c in p["choices"][0]["delta"].get("tool_calls", ())]
+        if choice == named:  # its arguments come in pieces
+            first, *pieces = calls
+            assert first["id"] and first["type"] == "function" and first["function"]["name"] == "save_person"
+            assert len(pieces) > 3 and all(piece.keys() == {"index", "function"} for piece in pieces)
+            assert all(piece["index"] == 0 and piece["function"].keys() == {"arguments"} for piece in pieces)
+            for piece in pieces:
+                first["function"]["arguments"] += piece["function"]["arguments"]
+            calls = [first]
         assert [c["function"] for c in calls] == [c["function"] for c in whole["message"]["tool_calls"]]
         assert [c["index"] for c in calls] == list(range(len(calls)))
         assert parts[-1]["choices"][0]["finish_reason"] == reason
@@ -617,10 +625,10 @@ def test_calls_that_are_cut_or_too_deep_are_text(server):
     tool = dict(function=dict(name="f"))
     body = ChatBody(messages=CHAT, tools=[tool], tool_choice="required")
     work = ChatCompletion(SimpleNamespace(llm=server.llm, options=None, check_model=lambda name: "m"), body)
-    [call] = work._forced_calls('[{"name": "f", "parameters": {"a": 1}}]')
+    [call] = work._required_calls('[{"name": "f", "parameters": {"a": 1}}]')
     assert (call.name, call.arguments) == ("f", '{"a": 1}')
     for text in ('[{"name": "f", "par', '[{"name": "f", "parameters": ' + "[" * 5000):
-        assert work._forced_calls(text) == []
+        assert work._required_calls(text) == []
 
 
 def test_time_per_token_of_several_outputs_is_that_of_one():

@@ -21,7 +21,7 @@ class Choice:
 
     parser: ToolParser | None  # of calls in the text, where the model may make some
     content: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)  # or pieces of the one that there must be
     logprobs: list[dict[str, Any]] = field(default_factory=list)  # not handed out yet
 
     def take_logprobs(self) -> list[dict[str, Any]]:
@@ -114,8 +114,8 @@ class ChatCompletion(Work):
                         yield chunk(index, {"content": content}, logprobs=logprobs)
                         logprobs = None
                     if calls:
-                        numbered = [{"index": num_calls + k} | self._call_json(call) for k, call in enumerate(calls)]
-                        yield chunk(index, {"tool_calls": numbered}, logprobs=logprobs)
+                        deltas = [self._call_delta(num_calls + k, call) for k, call in enumerate(calls)]
+                        yield chunk(index, {"tool_calls": deltas}, logprobs=logprobs)
                         logprobs = None
                     if reason is not None:
                         end = dict(finish_reason=reason, stop_reason=completion.stop_reason)
@@ -148,7 +148,8 @@ class ChatCompletion(Work):
         return self._choices[index]
 
     def _see(self, choice: Choice, completion: CompletionOutput) -> tuple[str, list[ToolCall]]:
-        """Take in what is new; returns what of it is content that can be shown, and the calls completed by it."""
+        """Take in what is new; returns what of it is content that can be shown, and the calls completed by it, or the
+        next piece of the one call that there must be."""
         for token_id, entry in zip(completion.token_ids, completion.logprobs or (), strict=False):
             choice.logprobs.append(self._logprobs(token_id, entry))
         ended = completion.finish_reason is not None
@@ -161,19 +162,20 @@ class ChatCompletion(Work):
                 content, calls = content + rest, calls + more
             if not self._body.parallel_tool_calls:
                 calls = calls[: max(0, 1 - len(choice.calls))]
-        elif self._forced is not None or self._requires_calls:
+        elif self._forced is not None:
+            calls = [ToolCall(self._forced.name, content)] if content or not choice.calls else []
+            content = ""
+        elif self._requires_calls:
             choice.content += content  # no call can be told before its end
             if not ended:
                 return "", []
-            calls = self._forced_calls(choice.content)
+            calls = self._required_calls(choice.content)
             content = "" if calls else choice.content
         choice.calls += calls
         return content, calls
 
-    def _forced_calls(self, text: str) -> list[ToolCall]:
+    def _required_calls(self, text: str) -> list[ToolCall]:
         """The calls that tool_choice made the model write; none if it was cut short."""
-        if self._forced is not None:
-            return [ToolCall(self._forced.name, text)]
         try:
             return [
                 ToolCall(call["name"], json.dumps(call["parameters"], ensure_ascii=False)) for call in json.loads(text)
@@ -184,6 +186,11 @@ class ChatCompletion(Work):
     def _call_json(self, call: ToolCall) -> dict[str, Any]:
         function = {"name": call.name, "arguments": call.arguments}
         return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+    def _call_delta(self, number: int, call: ToolCall) -> dict[str, Any]:
+        if self._forced is not None and number > 0:  # goes on with the arguments
+            return {"index": 0, "function": {"arguments": call.arguments}}
+        return {"index": number} | self._call_json(call)
 
     def _finish_reason(self, choice: Choice, completion: CompletionOutput) -> str | None:
         made_calls = choice.calls and self._forced is None
