@@ -14,13 +14,14 @@ from minivllm import __version__
 from minivllm.argument_types import at_least, json_object, print_any_text
 from minivllm.child_process import WorkerError
 from minivllm.config import EngineConfig
+from minivllm.vllm_flags import ENGINE_FLAGS, SERVER_FLAGS, add_hidden, check_server_flags, option_strings, with_dashes
 
 MODEL_HELP = "folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.  A user's mistakes are one line on stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = with_dashes(sys.argv[1:] if argv is None else argv)
     print_any_text()
     if arguments[:1] == ["bench"]:
         from minivllm.bench import cli as bench
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench.main(arguments[1:], prog="minivllm bench")
     args = _parser().parse_args(arguments)
     try:
+        args.model = _the_model(args.model, args.model_option)
         args.run(args)
     except (ValueError, OSError, ImportError, MemoryError, WorkerError) as error:
         print(f"minivllm: error: {error}", file=sys.stderr)
@@ -51,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         one.set_defaults(run=run)
         one.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+        one.add_argument("--model", dest="model_option", help=argparse.SUPPRESS)  # the same, as vLLM's
         return one
 
     _add_serve(command("serve", _serve, "serve a model to OpenAI's clients and to browsers"))
@@ -58,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(command("generate", _generate, "complete prompts and print what comes"))
     commands.add_parser("bench", help="measure: throughput, latency, serve or kernels", add_help=False)
     return parser
+
+
+def _the_model(place: str | None, option: str | None) -> str | None:
+    if None not in (place, option) and place != option:
+        raise ValueError(f"which model is it, {place} or --model {option}? Give one")
+    return option if place is None else place
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,20 +78,21 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--chat-template", metavar="FILE", help="Jinja template in place of the model's own")
     group.add_argument("--hf-overrides", type=json_object, metavar="JSON", help="entries of config.json to change")
     for one in fields(EngineConfig):
-        flag, kind = "--" + one.name.replace("_", "-"), str(one.type).removesuffix(" | None")
+        flags, kind = option_strings(one.name), str(one.type).removesuffix(" | None")
         help = one.metadata["help"].replace("%", "%%")
         if kind == "bool":
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help)
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             types: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
             shown = f" ({one.default})" if one.default not in (None, "auto") else ""
-            group.add_argument(flag, type=types.get(kind, json_object), metavar="X", help=help + shown)
+            group.add_argument(*flags, type=types.get(kind, json_object), metavar="X", help=help + shown)
+    add_hidden(parser, ENGINE_FLAGS)
 
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The given ones, as LLM and AsyncLLM take them."""
     parts = ("tokenizer", "skip_tokenizer_init", "revision", "chat_template", "hf_overrides")
-    names = [*parts, *(one.name for one in fields(EngineConfig))]
+    names = [*parts, *(one.name for one in fields(EngineConfig)), *ENGINE_FLAGS]
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
@@ -100,10 +110,13 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add(
         "--trust-request-chat-template", action="store_true", help="take chat templates from clients, who may be anyone"
     )
+    add("--chat-template-content-format", choices=("auto", "string", "openai"), default="auto",
+        help="contents go to the template as texts, as lists of parts, or as it is made for (%(default)s)")  # fmt: skip
     add("--allowed-origins", type=json.loads, default=[], metavar="JSON", help="of web pages that may call: a list")
     add("--grace-period", type=at_least(0), default=30, metavar="SECONDS",
         help="that running requests have after SIGTERM (%(default)s)")  # fmt: skip
     add("--access-log", action="store_true", help="a line for each request")
+    add_hidden(parser, SERVER_FLAGS)
     add_engine_arguments(parser)
 
 
@@ -120,6 +133,7 @@ def _serve(args: argparse.Namespace) -> None:
         raise ValueError("--allowed-origins must be a JSON list of origins")
     if "" in args.api_key:
         raise ValueError("--api-key must not be empty")
+    check_server_flags(args)
     listener = bind(args.host, args.port)
     from minivllm.async_llm import AsyncLLM
 
@@ -135,6 +149,7 @@ def _serve(args: argparse.Namespace) -> None:
             tool_call_parser=args.tool_call_parser,
             allowed_origins=args.allowed_origins,
             trust_request_chat_template=args.trust_request_chat_template,
+            chat_template_content_format=args.chat_template_content_format,
         ),
         args.grace_period,
         args.access_log,

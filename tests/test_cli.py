@@ -15,7 +15,8 @@ import pytest
 from minivllm import __version__
 from minivllm.chat import Chat, RemoteModel
 from minivllm.cli import main
-from minivllm.config import EngineConfig
+from minivllm.config import NO_MEANING_HERE, NOT_SUPPORTED, EngineConfig
+from minivllm.vllm_flags import SERVER_FLAGS
 
 
 def run(*arguments, text="", timeout=120, **environment):
@@ -56,6 +57,11 @@ def test_help_names_everything(capsys):
         (["chat", "--top-p", "3"], "top_p must be"),
         (["chat", "--url", "http://127.0.0.1:9", "--block-size", "16"], "--block-size is the server's to choose"),
         (["chat", "--skip-tokenizer-init"], "--skip-tokenizer-init: a chat needs a tokenizer"),
+        (["serve", "--port", "0", "--enable-lora"], "enable_lora=True is not supported: merge the adapter"),
+        (["generate", "-pp", "2", "--prompt", "x"], "pipeline_parallel_size=2 is not supported: take tensor_parallel"),
+        (["serve", "--ssl-keyfile", "x"], "serve: ssl_keyfile='x' is not supported: let a proxy"),
+        (["serve", "--reasoning_parser", "deepseek_r1"], "serve: reasoning_parser='deepseek_r1' is not supported"),
+        (["serve", "a", "--model", "b"], "which model is it, a or --model b"),
         (["serve", "--host", "300.1.1.1"], "cannot serve on|Name or service|not known"),
     ],
 )
@@ -88,7 +94,7 @@ def test_wrong_options_are_named(capsys):
 
 
 def served(monkeypatch, *arguments, **environment):
-    """(what AsyncLLM, ServerOptions) that `minivllm serve` comes to with these arguments."""
+    """(what AsyncLLM is given, ServerOptions) when `minivllm serve` has these arguments."""
     from minivllm import async_llm
     from minivllm.server import app
 
@@ -114,6 +120,48 @@ def test_keys_of_the_environment(monkeypatch):
     assert served(monkeypatch, VLLM_API_KEY="a")[1].api_keys == ["a"]
     assert served(monkeypatch, VLLM_API_KEY="a", MINIVLLM_API_KEY="b")[1].api_keys == ["b"]
     assert served(monkeypatch, "--api-key", "c", VLLM_API_KEY="a")[1].api_keys == ["c"]
+
+
+def test_command_lines_for_vllm(monkeypatch):
+    with pytest.warns(UserWarning, match="has no effect") as told:
+        llm, options = served(
+            monkeypatch, "--model", "m", "-tp", "2", "--gpu_memory_utilization", "0.5", "--max_model_len=100",
+            "--enable-chunked-prefill", "--no-enable-prefix-caching", "--swap-space", "4", "--hf_overrides",
+            '{"a_b": 1}', "--pipeline-parallel-size", "1", "--task", "generate", "--download-dir", "None",
+            "--trust-remote-code", "--cudagraph-capture-sizes", "1", "2", "--enable-auto-tool-choice",
+            "--disable-log-requests", "--no-enable-log-requests", "--uvicorn-log-level", "info",
+            "--chat-template-content-format", "string", "--reasoning-parser", "",
+        )  # fmt: skip
+    assert llm.model == "m" and llm.given == dict(
+        tensor_parallel_size=2, gpu_memory_utilization=0.5, max_model_len=100, enable_chunked_prefill=True,
+        enable_prefix_caching=False, swap_space=4, hf_overrides={"a_b": 1}, pipeline_parallel_size=1, task="generate",
+        trust_remote_code=True, cudagraph_capture_sizes=[1, 2],
+    )  # fmt: skip
+    assert options.chat_template_content_format == "string"
+    names = ("enable_auto_tool_choice", "disable_log_requests", "enable_log_requests", "uvicorn_log_level")
+    assert sorted(str(warning.message).split()[0] for warning in told) == sorted(names)
+    assert served(monkeypatch, "m", "--model", "m", "--enable-chunked-prefill")[0].model == "m"
+    assert served(monkeypatch, "--enable-chunked-prefill", "m")[0].model == "m", "switches take no value"
+
+
+def test_all_that_llm_answers_is_an_option(monkeypatch, capsys):
+    for name in (*NO_MEANING_HERE, *NOT_SUPPORTED, *SERVER_FLAGS):
+        flag = "--" + name.replace("_", "-")
+        monkeypatch.setattr("minivllm.cli._serve", lambda args: None)
+        try:
+            main(["serve", flag])
+        except SystemExit:
+            assert "expected" in (error := capsys.readouterr().err) and "argument" in error
+            assert main(["serve", flag, "x"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve", "--help"])
+    assert "swap-space" not in (text := capsys.readouterr().out) and "uvicorn" not in text
+    for arguments, message in (
+        (["--swap-space", "4", "--load-format", "x"], "swap_space has no effect"),
+        (["--no-enable-lora", "--load-format", "x"], ""),
+    ):
+        done = run("generate", *arguments, text="x")
+        assert done.returncode == 1 and message in done.stderr and "load_format must be one of" in done.stderr
 
 
 def test_generate(embedded):

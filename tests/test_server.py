@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import aiohttp
@@ -279,6 +280,8 @@ def test_templates_of_clients_need_trust(server):
     body = TokenizeBody(messages=CHAT, chat_template="{{ messages[0].content }}!")
     service = Service(server.llm, ServerOptions(["m"], trust_request_chat_template=True), None)
     assert server.call(service.render(CHAT, body))["prompt"] == CHAT[0]["content"] + "!"
+    service.options = replace(service.options, chat_template_content_format="openai")
+    assert server.call(service.render(CHAT, body))["prompt"].startswith("[{'type': 'text'")
     path = body.model_copy(update={"chat_template": "/etc/hostname"})
     with pytest.raises(ApiError, match="must be the text"):
         server.call(service.render(CHAT, path))

@@ -33,6 +33,7 @@ class ServerOptions:
     tool_call_parser: str | None = None
     allowed_origins: Sequence[str] = ()  # of pages that browsers let read answers, beside the server's own
     trust_request_chat_template: bool = False  # a template of a client's may run for long, or take much memory
+    chat_template_content_format: str = "auto"
 
 
 @dataclass
@@ -85,7 +86,13 @@ class Service:
             )
         if body.chat_template is not None and "{" not in body.chat_template:
             raise ApiError(400, "chat_template must be the text of a Jinja template", "chat_template")  # never a path
-        render = partial(self.llm.inputs.preprocess_chat, messages, **body.template_options())
+        content_format = self.options.chat_template_content_format
+        render = partial(
+            self.llm.inputs.preprocess_chat,
+            messages,
+            chat_template_content_format=content_format,
+            **body.template_options(),
+        )
         try:
             return await self.llm.with_tokenizer(render)
         except ValueError as error:
