@@ -454,6 +454,7 @@ EVENTS = [
     'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}',
     'data: {"choices": [{"delta": {"content": "é data: \\n\\ndata: "}}]}',
     "event: message",
+    'data: {"choices": [{"delta": {"content": ""}}]}',
     'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}',
     'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}',
     "data: [DONE]",
@@ -474,6 +475,25 @@ def test_events_in_pieces(piece_len, end_of_line):
         end = raw.index(event.encode()) + len(event.encode()) + len(end_of_line)
         expected.append(float(min(-(-end // piece_len) * piece_len, len(raw))))
     assert list(times) == expected
+
+
+@pytest.mark.parametrize(
+    "finish_reason, num_tokens, num_chunks",
+    [
+        ("length", 2, 2),
+        ("length", 5, 2),  # chunks hold several tokens
+        ("stop", 3, 3),  # the token that ends a sequence has no text
+        ("stop", 2, 2),  # it is not counted, or there was none
+    ],
+)
+def test_the_chunk_that_ends_a_chat(finish_reason, num_tokens, num_chunks):
+    log = serve_client.EventLog()
+    events = [{"delta": {"role": "assistant"}}, *[{"delta": {"content": "a"}}] * 2]
+    for i, choice in enumerate([*events, {"delta": {}, "finish_reason": finish_reason}]):
+        log.feed(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n", float(i))
+    usage = {"prompt_tokens": 1, "completion_tokens": num_tokens}
+    log.feed(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n", 9.0)
+    assert list(log.finish()[0]) == [1.0, 2.0, 3.0][:num_chunks]
 
 
 def test_many_events_and_no_line_end_after_the_last():

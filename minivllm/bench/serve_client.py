@@ -188,6 +188,8 @@ class EventLog:
             if _has_token(event):
                 break
             begin += 1
+        if usage and end - begin > usage["completion_tokens"]:
+            end -= 1  # the chunk that says "stop" tells of no token
         if begin >= end:
             raise ValueError("the server sent no token")
         if not usage:
@@ -204,12 +206,15 @@ def _payloads(pieces: Iterable[bytes]) -> list[bytes]:
 
 
 def _has_token(event: dict[str, Any]) -> bool:
-    """Whether the event stands for tokens, be their text empty: not the usage, and not a chat's opening, which names
-    the role and which some servers send before they compute anything."""
+    """Whether the event stands for tokens, be their text empty: not the usage, not a chat's opening, which names
+    the role and which some servers send before they compute anything, and not a chunk that only says that the chat is
+    over, but for "stop": that one comes with the token that ends a sequence."""
     choices = event.get("choices")
     if not choices:
         return False
     delta = choices[0].get("delta")
+    if delta == {}:
+        return bool(choices[0].get("finish_reason") == "stop")
     return delta is None or "role" not in delta or any(value for key, value in delta.items() if key != "role")
 
 
