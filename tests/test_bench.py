@@ -249,6 +249,8 @@ def test_a_file_to_write_may_be_a_link_and_is_left_alone(tmp_path):
         ("--json /nowhere/out.json", "cannot write"),
         ("--compare hf --model x.gguf", ".gguf"),
         ("--model /nowhere", "no folder '/nowhere'"),
+        ("--model=", "must not be empty"),
+        ("latency --model=", "must not be empty"),
         ("--profile x.json --tensor-parallel-size 2", "leave --tensor-parallel-size out"),
         ("--tensor-parallel-size 2", "tensor_parallel_size (2) must divide the model's attention heads (9)"),
         ("--dtype int3", "dtype must be one of"),

@@ -683,6 +683,13 @@ def test_missing_folder(reference):
         resolve(reference)
 
 
+def test_an_empty_reference_is_not_the_current_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for references in (("",), (str(folder), "")):
+        with pytest.raises(ValueError, match="model and tokenizer must not be empty"):
+            resolve(*references)
+
+
 def test_damaged_or_foreign_folders(folder, tmp_path):
     for content in ("{", "[]", "\x00"):
         (folder / "config.json").write_text(content)

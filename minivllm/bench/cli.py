@@ -140,7 +140,9 @@ def _bench_throughput(args: argparse.Namespace) -> None:
         temperature=(0.6 if on_gpu else 0.0) if args.temperature is None else args.temperature,
         seed=args.seed,
     )
-    name = f"{args.shape}, random weights" if args.shape else args.model or "SmolLM2-135M-Instruct (embedded)"
+    name = "SmolLM2-135M-Instruct (embedded)" if args.model is None else args.model
+    if args.shape:
+        name = f"{args.shape}, random weights"
     setup = {
         "model": name,
         "device": report.device_name("cuda:0" if on_gpu else "cpu"),
@@ -196,7 +198,7 @@ def _model(args: argparse.Namespace, folder: str) -> str:
     if args.shape:
         write_config(args.shape, folder)
         return folder
-    return args.model or embedded_model()
+    return embedded_model() if args.model is None else args.model
 
 
 def _load(args: argparse.Namespace, model: str, **options: Any) -> LLM:

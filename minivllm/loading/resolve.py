@@ -173,6 +173,10 @@ def _is_gguf(reference: str) -> bool:
 
 def _folder(reference: str, revision: str | None, patterns: list[str]) -> Path:
     """The folder that a path or hub id names."""
+    if not reference:  # which as a path would be the folder we are in
+        raise ValueError(
+            "model and tokenizer must not be empty: name a folder, a hub id or a .gguf file, or leave it out"
+        )
     path = Path(reference).expanduser()
     if path.is_dir():
         return path
