@@ -119,7 +119,7 @@ class Job:
         if not target.exists() and not job.folder.exists():
             job.finished_mark.unlink(missing_ok=True)
         known = [job.finished_mark]
-        if any(job.folder.glob("*.jsonl")):  # or nothing was answered, and any other job may have the folder
+        if job.has_answers():  # or nothing was answered, and any other job may have the folder
             known.append(job.folder / "job")
         for path in known:
             if path.exists() and path.read_text() != identity:
@@ -131,7 +131,7 @@ class Job:
         if not job.is_finished():
             if target.exists():
                 raise ValueError(f"{target} is there already; remove it, or choose another output_path")
-            job.folder.mkdir(parents=True, exist_ok=True)
+            job.folder.mkdir(exist_ok=True)
             write_at_once(job.folder / "job", lambda path: path.write_text(identity))
         return job
 
@@ -163,6 +163,10 @@ class Job:
 
     def has(self, chunk: int) -> bool:
         return self._part(chunk).exists()
+
+    def has_answers(self) -> bool:
+        """Whether any chunk is answered."""
+        return any(self.folder.glob("*.jsonl"))
 
     def read(self, chunk: int) -> list[dict[str, Any]]:
         """The answers of a chunk."""

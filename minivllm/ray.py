@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.batch_job import ANSWER_FIELDS, MALFORMED, Job, Rows
+from minivllm.inputs import checked_model
+from minivllm.loading.resolve import is_hub_id, resolve
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.validation import check_int
@@ -66,59 +68,91 @@ def generate(
     Raises ValueError for wrong options, for an input that changed since the answers so far, and RuntimeError if an
     engine cannot be started.
     """
-    import ray
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(f"{error}; a batch job needs more: pip install 'minivllm[ray]'") from None
 
     source, target = Path(input_path).absolute(), Path(output_path).absolute()
     rows = Rows.open(source)
     if target.suffix != source.suffix:
         raise ValueError(f"output_path must end in {source.suffix} as the input does, got {target.name!r}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"output_path: there is no folder {target.parent}")
     check_int("chunk_size", chunk_size, 1)
-    for number in (concurrency,) if isinstance(concurrency, int) else concurrency:
-        check_int("concurrency", number, 1)
+    pool_size, model = _pool_size(concurrency), checked_model(model)
     given = dict(sampling_params or {})
     _one_answer(SamplingParams(**given))  # mistakes show before anything is started
     job = Job.make(rows, target, model, given, chunk_size, engine_arguments)
     if job.is_finished():
         job.remove_parts()
         return Summary(rows.count, 0, 0)
-    missing = job.missing_chunks()
+    try:
+        missing, done = job.missing_chunks(), (0, 0)
+        if missing:
+            if model is not None and not is_hub_id(model):
+                resolve(model, need_tokenizer=False, need_weights=False)  # a path to nothing shows before engines start
+            if not ray.is_initialized():
+                ray.init()
+            if num_gpus is None and num_cpus is None:
+                num_gpus = float(engine_arguments.get("tensor_parallel_size", 1)) if _has_gpus(ray) else None
+            resources = dict(num_cpus=num_cpus or (None if num_gpus else 1), num_gpus=num_gpus)
+            pool = ray.data.ActorPoolStrategy(
+                **pool_size, max_tasks_in_flight_per_actor=CHUNKS_AT_ONCE, enable_true_multi_threading=True
+            )
+            done = _answer_chunks(ray, job, missing, (job, model, engine_arguments), pool, resources, show_progress)
+        job.put_together()
+    finally:
+        if not job.has_answers():
+            job.remove_parts()
+    return Summary(rows.count, *done)
+
+
+def _answer_chunks(
+    ray: Any,
+    job: Job,
+    missing: list[int],
+    engine: tuple[Any, ...],
+    pool: Any,
+    resources: dict[str, float | None],
+    show_progress: bool,
+) -> tuple[int, int]:
+    """Have these chunks answered by a pool of actors; (rows answered, of those rows failed)."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    chunks = ray.data.from_items([{"chunk": chunk} for chunk in missing], override_num_blocks=len(missing))
+    answered = chunks.map_batches(
+        _Engine,
+        batch_size=1,
+        fn_constructor_args=engine,
+        compute=pool,
+        max_concurrency=CHUNKS_AT_ONCE,
+        **resources,
+    )
     num_answered = num_failed = 0
-    if missing:
-        if not ray.is_initialized():
-            ray.init()
-        if num_gpus is None and num_cpus is None:
-            num_gpus = float(engine_arguments.get("tensor_parallel_size", 1)) if _has_gpus(ray) else None
-        size = (
-            dict(size=concurrency)
-            if isinstance(concurrency, int)
-            else dict(zip(("min_size", "max_size"), concurrency, strict=True))
-        )
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        chunks = ray.data.from_items([{"chunk": chunk} for chunk in missing], override_num_blocks=len(missing))
-        answered = chunks.map_batches(
-            _Engine,
-            batch_size=1,
-            fn_constructor_args=(job, model, engine_arguments),
-            compute=ray.data.ActorPoolStrategy(
-                **size, max_tasks_in_flight_per_actor=CHUNKS_AT_ONCE, enable_true_multi_threading=True
-            ),
-            num_cpus=num_cpus or (None if num_gpus else 1),
-            num_gpus=num_gpus,
-            max_concurrency=CHUNKS_AT_ONCE,
-        )
-        done = rows.count - sum(len(job.numbers_of(chunk)) for chunk in missing)
-        with tqdm(total=rows.count, initial=done, unit="row", desc="Answered", disable=not show_progress) as bar:
-            try:
-                for row in answered.iter_rows():
-                    num_answered += row["num_rows"]
-                    num_failed += row["num_failed"]
-                    bar.update(row["num_rows"])
-            except ray.exceptions.RayError as error:
-                raise RuntimeError(
-                    f"the job has stopped, and goes on where it was when started again: {error}"
-                ) from error
-    job.put_together()
-    return Summary(rows.count, num_answered, num_failed)
+    total = job.rows.count
+    done = total - sum(len(job.numbers_of(chunk)) for chunk in missing)
+    with tqdm(total=total, initial=done, unit="row", desc="Answered", disable=not show_progress) as bar:
+        try:
+            for row in answered.iter_rows():
+                num_answered += row["num_rows"]
+                num_failed += row["num_failed"]
+                bar.update(row["num_rows"])
+        except ray.exceptions.RayError as error:
+            cause = str(error).strip().splitlines()[-1]  # the last line of tracebacks within tracebacks
+            raise RuntimeError(f"the job has stopped, and goes on where it was when started again: {cause}") from error
+    return num_answered, num_failed
+
+
+def _pool_size(concurrency: int | tuple[int, int]) -> dict[str, int]:
+    """The number of engines, or the fewest and the most, as Ray names them."""
+    if not isinstance(concurrency, (tuple, list)):
+        check_int("concurrency", concurrency, 1)
+        return {"size": concurrency}
+    for number in concurrency:
+        check_int("concurrency", number, 1)
+    if len(concurrency) != 2 or concurrency[0] > concurrency[1]:
+        raise ValueError(f"concurrency must be a number of engines, or the fewest and the most, got {concurrency!r}")
+    return {"min_size": concurrency[0], "max_size": concurrency[1]}
 
 
 def _one_answer(params: SamplingParams) -> SamplingParams:

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -146,8 +147,9 @@ def test_an_engine_that_cannot_start_is_an_error(cluster, embedded, tmp_path):
 
     source, target = write_rows(tmp_path / "in.jsonl", [{"prompt": "One"}]), tmp_path / "out.jsonl"
     options = dict(num_cpus=1, show_progress=False, sampling_params=dict(max_tokens=2))
-    with pytest.raises(RuntimeError, match="max_model_len"):
+    with pytest.raises(RuntimeError, match="max_model_len") as error:
         batch.generate(source, target, embedded, **options, **ENGINE | dict(max_model_len=10**9))
+    assert len(str(error.value).splitlines()) == 1 and not target.with_name("out.jsonl.parts").exists()
     assert batch.generate(source, target, embedded, **options, **ENGINE) == batch.Summary(1, 1, 0)
 
 
@@ -171,9 +173,11 @@ def test_parquet(cluster, embedded, tmp_path):
     assert found["num_generated_tokens"].to_pylist() == [3, 5, None] and found["generated_text"].null_count == 1
 
 
-def test_mistakes(tmp_path):
-    pytest.importorskip("ray")
+def test_mistakes(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
     from minivllm import ray as batch
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: pytest.fail("Ray was started"))
 
     source = write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}])
     with pytest.raises(ValueError, match="output_path must end in .jsonl"):
@@ -184,9 +188,28 @@ def test_mistakes(tmp_path):
         batch.generate(source, tmp_path / "out.jsonl", sampling_params=dict(n=2, temperature=1))
     with pytest.raises(FileNotFoundError):
         batch.generate(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+    with pytest.raises(FileNotFoundError, match="output_path: there is no folder .*new"):
+        batch.generate(source, tmp_path / "new" / "out.jsonl")
+    for wrong in ((1,), (3, 1), (1, 2, 3)):
+        with pytest.raises(ValueError, match="concurrency must be a number of engines, or the fewest and the most"):
+            batch.generate(source, tmp_path / "out.jsonl", concurrency=wrong)
+    with pytest.raises(ValueError, match="concurrency must be an integer of at least 1, got 1.5"):
+        batch.generate(source, tmp_path / "out.jsonl", concurrency=1.5)
+    for model in ("/nowhere", ""):
+        with pytest.raises((FileNotFoundError, ValueError), match="no folder '/nowhere'|must not be empty"):
+            batch.generate(source, tmp_path / "out.jsonl", model)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"], "nothing is left behind"
     (tmp_path / "out.jsonl").write_text("mine")
     with pytest.raises(ValueError, match="is there already"):
         batch.generate(source, tmp_path / "out.jsonl")
+
+
+def test_missing_ray_is_named(tmp_path, monkeypatch):
+    from minivllm import ray as batch
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'minivllm\[ray\]'"):
+        batch.generate(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
 def test_a_row_that_ends_engines_is_an_error_and_the_others_are_answered(embedded, tmp_path, monkeypatch):

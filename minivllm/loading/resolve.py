@@ -167,6 +167,11 @@ def hub_folder(model: str, revision: str | None = None, patterns: list[str] | No
         raise
 
 
+def is_hub_id(reference: str) -> bool:
+    """Whether a reference may be a model's on the hub; one of a folder here may look like that too."""
+    return not reference.startswith((".", "/", "~")) and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference))
+
+
 def _is_gguf(reference: str) -> bool:
     return reference.endswith(".gguf") and not Path(reference).expanduser().is_dir()
 
@@ -182,7 +187,7 @@ def _folder(reference: str, revision: str | None, patterns: list[str]) -> Path:
         return path
     if path.exists():
         raise ValueError(f"{reference!r} is a file; name the folder that holds config.json, or a .gguf file")
-    if reference.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference):
+    if not is_hub_id(reference):
         raise FileNotFoundError(
             f"there is no folder {reference!r} (seen from {os.getcwd()}), and it is no hub id (org/name)"
         )
