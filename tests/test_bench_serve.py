@@ -10,6 +10,7 @@ import threading
 import time
 from array import array
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import pytest
 pytest.importorskip("aiohttp")
 from aiohttp import web
 
-from minivllm.bench import serve, serve_client, serve_workload
+from minivllm.bench import serve, serve_client, serve_plot, serve_workload
 from minivllm.bench.serve_metrics import (
     RequestRecord,
     compute_figures,
@@ -544,6 +545,24 @@ def test_plot(server, tmp_path):
 def test_plot_of_single_tokens(server, tmp_path):
     bench(server, tmp_path, "--plot", tmp_path / "plot.png", "--random-output-len", 1)
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_legends_bins_and_ticks_of_a_small_run(monkeypatch, tmp_path):
+    """No legend lies on a bar, no bin is narrower than steps are long, numbers are plain."""
+    records = [RequestRecord(0.0, 1.0, array("d", [0.0999 + 0.1 * i for i in range(10)]), 1, 10)]
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    figures = compute_figures(records, 1.0, [], {})
+    serve_plot.plot(str(tmp_path / "plot.png"), "title", figures, records)
+    drawn[0].draw_without_rendering()
+    ttft, itl, throughput, _ = drawn[0].axes
+    for axes in (ttft, itl):
+        legend = axes.get_legend().get_window_extent()
+        assert max(bar.get_window_extent().y1 for bar in axes.patches if bar.get_height()) < legend.y0
+    assert throughput.patches[0].get_data().values == pytest.approx([10, 10, 10], abs=4)
+    labels = [*itl.get_yticklabels(), *itl.get_yticklabels(minor=True)]
+    assert {"1", "2", "5"} <= {label.get_text() for label in labels} and "$" not in str(labels)
+    assert "\n1 request (" in serve._title(parse(), "m", 1)
 
 
 @pytest.mark.parametrize(

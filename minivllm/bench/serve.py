@@ -166,4 +166,5 @@ def _title(args: argparse.Namespace, model: str, num_requests: int) -> str:
         prompts = f"random, {about}{input_len:,} tokens in, {about}{args.random_output_len:,} out"
     else:
         prompts = Path(args.dataset_path).name
-    return f"{model}, {args.backend}\n{num_requests:,} requests ({prompts}), {rate}"
+    requests = "1 request" if num_requests == 1 else f"{num_requests:,} requests"
+    return f"{model}, {args.backend}\n{requests} ({prompts}), {rate}"

@@ -9,12 +9,15 @@ import numpy as np
 
 from minivllm.bench.serve_metrics import Figures, RequestRecord, Summary, concurrency, tokens_per_bin
 
+HISTOGRAM_HEIGHT = 0.7  # of the axes, which leaves room for the legend above
+NUM_BINS, MIN_GAPS = 60, 3  # of the throughput, and in a bin of it: in narrower ones it would be a comb
+
 
 def plot(path: str, title: str, figures: Figures, records: Sequence[RequestRecord]) -> None:
     """Draw the distributions of TTFT and ITL, and tokens/s and running requests over time, as a PNG (or what the file's
     name says).  At least one request must have been completed."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     done = [record for record in records if not record.error]
     begin = min(record.start for record in records)
@@ -24,11 +27,14 @@ def plot(path: str, title: str, figures: Figures, records: Sequence[RequestRecor
     (ttft, itl), (throughput, running) = figure.subplots(2, 2)
 
     ttfts = np.array([1e3 * record.ttft for record in done])
-    _histogram(ttft, "Time to first token (TTFT)", "requests", ttfts, figures.metrics["ttft"])
+    highest = _histogram(ttft, "Time to first token (TTFT)", "requests", ttfts, figures.metrics["ttft"])
+    ttft.set_ylim(0, highest / HISTOGRAM_HEIGHT)
     itls = 1e3 * np.concatenate([record.itls for record in done])
-    _histogram(itl, "Inter-token latency (ITL)", "gaps between chunks (log scale)", itls, figures.metrics["itl"])
+    what = "gaps between chunks (log scale)"
+    most_gaps = _histogram(itl, "Inter-token latency (ITL)", what, itls, figures.metrics["itl"])
 
-    seconds = max(duration / 60, 1e-3)
+    least = MIN_GAPS * np.median(itls) / 1e3 if len(itls) else 0.0
+    seconds = duration / max(1, min(NUM_BINS, int(duration / max(least, 1e-3))))
     rates = tokens_per_bin(records, seconds) / seconds
     edges = seconds * np.arange(len(rates) + 1)
     throughput.stairs(rates, edges, fill=True, color="tab:blue", alpha=0.35)
@@ -57,25 +63,29 @@ def plot(path: str, title: str, figures: Figures, records: Sequence[RequestRecor
             axes.legend(loc="upper right", edgecolor="white", framealpha=0.9, fontsize=9)
     if len(itls):
         itl.set_yscale("log")  # the few long gaps, when prompts of others are computed, are what to look at
-        itl.set_ylim(bottom=0.8)
+        itl.set_ylim(0.8, 0.8 * (most_gaps / 0.8) ** (1 / HISTOGRAM_HEIGHT))
+        itl.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most_gaps < 1000 else (1,)))
         itl.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        itl.yaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=150)
 
 
-def _histogram(axes: Any, name: str, what: str, milliseconds: np.ndarray, summary: Summary | None) -> None:
+def _histogram(axes: Any, name: str, what: str, milliseconds: np.ndarray, summary: Summary | None) -> float:
+    """Draw the distribution; returns the height of the highest bar."""
     axes.set_title(name, fontsize=10, loc="left")
     axes.set_xlabel("milliseconds")
     axes.set_ylabel(what)
     if summary is None:
         axes.text(0.5, 0.5, "no request had two chunks", ha="center", transform=axes.transAxes, color="grey")
-        return
+        return 1.0
     # A few stragglers would press all others into one bar, so the axis ends a little after P99.
     largest, p99 = milliseconds.max(), summary.percentiles[99.0]
     right = largest if largest <= 2 * p99 else 1.5 * p99
     num_beyond = int((milliseconds > right).sum())
-    axes.hist(milliseconds, bins=60, range=(0, right), color="tab:blue", alpha=0.5)
+    counts, _, _ = axes.hist(milliseconds, bins=60, range=(0, right), color="tab:blue", alpha=0.5)
     axes.axvline(summary.median, color="black", linewidth=1, label=f"median {summary.median:,.1f} ms")
     axes.axvline(p99, color="tab:red", linewidth=1, linestyle="--", label=f"P99 {p99:,.1f} ms")
     if num_beyond:
         axes.plot([], [], " ", label=f"{num_beyond:,} beyond the axis, up to {largest:,.0f} ms")
     axes.set_xlim(0, right)
+    return float(counts.max())
