@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An integer of at least `least`."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An integer of at least `least`, and of at most `most`."""
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
 
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be an integer {bounds}, got {text!r}")
+        return value
 
     return parse
 

@@ -70,13 +70,13 @@ class LocalModel:
 
 
 class RemoteModel:
-    """A model on an OpenAI-compatible server.  Raises ValueError if it does not answer."""
+    """A model on an OpenAI-compatible server.  Raises ValueError if it does not answer, or cannot be asked."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--url must begin with http:// or https://, got {url!r}")
         self._url = url.rstrip("/").removesuffix("/v1") + "/v1/"
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._headers = {"Content-Type": "application/json"} | openai_events.authorization(api_key)
         with self._request("models") as response:
             try:
                 models = {str(one["id"]): one.get("max_model_len") for one in json.load(response)["data"]}
@@ -116,7 +116,8 @@ class RemoteModel:
             return urllib.request.urlopen(urllib.request.Request(self._url + path, data, self._headers))
         except urllib.error.HTTPError as error:
             message = openai_events.http_error(error.code, error.read(), error.reason)
-            raise ValueError(f"the server says {message}") from None
+            remedy = "; give its key with --api-key or $OPENAI_API_KEY" if error.code == 401 else ""
+            raise ValueError(f"the server says {message}{remedy}") from None
         except (urllib.error.URLError, ValueError, http.client.HTTPException) as error:
             raise ValueError(f"{self._url} does not answer: {getattr(error, 'reason', error)}") from None
 

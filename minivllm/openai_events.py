@@ -1,4 +1,4 @@
-"""What clients of an OpenAI-compatible server read: events of a stream, errors in their various forms."""
+"""What clients of an OpenAI-compatible server send and read: a key, events of a stream, errors in various forms."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def decode(payload: bytes) -> dict[str, Any]:
     if event.get("error"):
         raise ValueError(f"the server reported an error: {error_message(event, payload)}")
     return event
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that carries a key, if there is one.  Raises ValueError for a key that no header can hold."""
+    if not api_key:
+        return {}
+    if not all(" " <= character <= "~" for character in api_key):
+        raise ValueError("--api-key (or $OPENAI_API_KEY) has characters that an HTTP header cannot hold")
+    return {"Authorization": f"Bearer {api_key}"}
 
 
 def http_error(status: int, body: bytes, reason: str | None) -> str:

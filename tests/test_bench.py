@@ -244,6 +244,7 @@ def test_a_file_to_write_may_be_a_link_and_is_left_alone(tmp_path):
     [
         ("--num-prompts 0", "at least 1"),
         ("--num-prompts many", "at least 1"),
+        ("--num-prompts ³", "at least 1"),
         ("--shape gpt5", "invalid choice"),
         ("--shape llama3-8b --model x", "not allowed with"),
         ("--json /nowhere/out.json", "cannot write"),

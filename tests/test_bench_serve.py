@@ -36,7 +36,7 @@ class Server:
     def __init__(self):
         self.bodies, self.headers, self.num_running, self.peak = [], [], 0, 0
         self.sends_usage, self.piece_len, self.fails = True, None, {}  # fails: by the request's number, how
-        self.models = [{"id": "first"}, {"id": "second"}]
+        self.models, self.models_status = [{"id": "first"}, {"id": "second"}], 200
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -63,7 +63,7 @@ class Server:
         self.port = site._server.sockets[0].getsockname()[1]
 
     async def _models(self, request):
-        return web.json_response({"data": self.models})
+        return web.json_response({"data": self.models}, status=self.models_status)
 
     async def _generate(self, request):
         begin = time.perf_counter()
@@ -424,6 +424,19 @@ def test_server_without_models(server, tmp_path):
         bench(server, tmp_path)
 
 
+@pytest.mark.parametrize("status, option", [(401, "--api-key"), (404, "--model")])
+def test_what_helps_where_no_model_is_told(server, tmp_path, status, option):
+    server.models_status = status
+    with pytest.raises(ValueError, match=f"/v1/models: HTTP {status}: .*; .* with {option}$"):
+        bench(server, tmp_path, "--api-key", "wrong")
+
+
+def test_a_key_that_no_header_can_hold():
+    for key in ("ké", "k\n"):
+        with pytest.raises(ValueError, match="--api-key .* has characters that an HTTP header cannot hold"):
+            serve.run(parse("--port", 9, "--api-key", key, *SMALL))
+
+
 def test_ready_check_waits_for_the_server(tmp_path):
     early = Server().start()
     port = early.port
@@ -570,6 +583,7 @@ def test_legends_bins_and_ticks_of_a_small_run(monkeypatch, tmp_path):
     [
         ("--backend", "tgi"),
         ("--port", "none"),
+        ("--port", "99999"),
         ("--dataset-name", "sonnet"),
         ("--num-prompts", "0"),
         ("--num-warmups", "-1"),

@@ -202,12 +202,12 @@ def test_bench_latency(tiny, tmp_path):
 
 
 @contextlib.contextmanager
-def server_that_answers(models, stream):
+def server_that_answers(models, stream, status=200):
     """The URL of one that knows nothing but these two answers."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(models)
 
@@ -254,9 +254,23 @@ def test_chat_with_servers_of_all_kinds(stream, shown, capsys):
 def test_chat_with_what_is_no_server(models):
     with server_that_answers(models, b"") as url, pytest.raises(ValueError, match=r"/v1/models names no model"):
         RemoteModel(url, None, None)
-    for url in ("http://localhost:80a0", "http://local host", "localhost:1"):
+    for url in ("http://localhost:80a0", "http://local host"):
         with pytest.raises(ValueError, match="does not answer"):
             RemoteModel(url, None, None)
+
+
+def test_what_helps_where_a_server_cannot_be_asked():
+    with (
+        server_that_answers(b"{}", b"", status=401) as url,
+        pytest.raises(ValueError, match="HTTP 401.*; give its key with --api-key"),
+    ):
+        RemoteModel(url, None, None)
+    for url in ("127.0.0.1:8000", ""):
+        with pytest.raises(ValueError, match="--url must begin with http:// or https://"):
+            RemoteModel(url, None, None)
+    for key in ("ké", "k\n"):
+        with pytest.raises(ValueError, match="--api-key .* has characters that an HTTP header cannot hold"):
+            RemoteModel("http://127.0.0.1:9", None, key)
 
 
 def test_a_terminal_that_lacks_characters():

@@ -855,6 +855,12 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert cache_dir() == Path.home() / ".cache" / "minivllm"
 
 
+def test_a_cache_that_cannot_be_written(monkeypatch):
+    monkeypatch.setenv("MINIVLLM_CACHE", "/proc/x")
+    with pytest.raises(OSError, match=r"the cache /proc/x cannot be written; let \$MINIVLLM_CACHE name a folder"):
+        embedded_model()
+
+
 def test_built_folder_is_whole_or_absent(tmp_path):
     folder = tmp_path / "deep" / "folder"
 

@@ -26,10 +26,10 @@ NUM_KEPT = 8  # pieces of a stream kept from its start and from its end
 
 
 def open_session(api_key: str | None) -> aiohttp.ClientSession:
-    """A session for any number of streams at once.  To be opened inside the event loop, and closed."""
+    """A session for any number of streams at once.  To be opened inside the event loop, and closed.  Raises ValueError
+    for a key that cannot be sent."""
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}  # compressed, events come in heaps
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
+    headers |= openai_events.authorization(api_key)
     # A server that closes an idle connection as a request comes in on it fails the request; common servers do so after
     # five seconds, so let go before them.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4, ttl_dns_cache=None)
@@ -50,7 +50,8 @@ async def first_model(session: aiohttp.ClientSession, base_url: str) -> str:
             if response.status >= 500:
                 raise ConnectionError(f"{url}: {await _http_error(response)}")
             if response.status != 200:
-                raise ValueError(f"{url}: {await _http_error(response)}; name the model with --model")
+                remedy = "give its key with --api-key" if response.status == 401 else "name the model with --model"
+                raise ValueError(f"{url}: {await _http_error(response)}; {remedy}")
             return str(json.loads(await response.read())["data"][0]["id"])
     except (aiohttp.ClientError, TimeoutError) as error:
         raise ConnectionError(f"cannot reach a server at {url}: {error or type(error).__name__}") from error

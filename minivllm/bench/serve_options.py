@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=ENDPOINTS, default="openai", help="v1/completions or v1/chat/completions (%(default)s)")
     add("--base-url", metavar="URL", help="the server, if not http://HOST:PORT")
     add("--host", default="127.0.0.1", help="(%(default)s)")
-    add("--port", type=at_least(1), default=8000, metavar="N", help="(%(default)s)")
+    add("--port", type=at_least(1, 65535), default=8000, metavar="N", help="(%(default)s)")
     add("--endpoint", metavar="PATH", help="default: that of the backend")
     add("--model", metavar="NAME", help="default: the first that the server names")
     add("--api-key", metavar="KEY", help="default: $OPENAI_API_KEY")

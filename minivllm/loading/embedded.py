@@ -43,11 +43,16 @@ def cache_dir() -> Path:
 
 
 def build_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """`folder`, which `fill` writes if it is not there. It appears complete or not at all, also when processes race."""
+    """`folder`, which `fill` writes if it is not there. It appears complete or not at all, also when processes
+    race. Raises OSError if it cannot be written."""
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        place = f"the cache {folder.parent} cannot be written; let $MINIVLLM_CACHE name a folder that can"
+        raise type(error)(f"{place} ({error.strerror})") from error
     try:
         fill(temporary)
         temporary.chmod(0o755)
