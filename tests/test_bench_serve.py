@@ -398,11 +398,19 @@ def test_failures_are_counted_and_named(server, tmp_path, capsys):
     assert "Failed requests:                         4" in out and "2 failed: HTTP 503: no such luck 503" in out
 
 
-def test_all_failed(server, tmp_path):
+def test_a_file_that_cannot_be_written_leaves_the_table(server, capsys):
+    with pytest.raises(OSError, match="--json /dev/full: No space left"):
+        serve.run(parse("--port", server.port, "--num-prompts", 2, "--json", "/dev/full", *SMALL))
+    assert "Successful requests:                     2" in capsys.readouterr().out
+
+
+def test_all_failed(server, tmp_path, capsys):
     server.fails = {i: 400 for i in range(8)}
     with pytest.raises(ValueError, match="all 8 requests failed: HTTP 400: no such luck 400"):
         bench(server, tmp_path, "--plot", tmp_path / "plot.png")
     assert json.loads((tmp_path / "result.json").read_text())["failed"] == 8
+    out = capsys.readouterr().out
+    assert "no such luck" not in out and "Successful requests" not in out
 
 
 def test_missing_usage_is_refused(server, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivllm.argument_types import at_least, output_file, picture_file, print_any_text
+from minivllm.bench.result_file import write_json
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
 from minivllm.child_process import WorkerError
 from minivllm.config import EngineConfig
@@ -167,7 +168,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
             "series": report.series_json(moments),
         }
         if args.json:
-            report.write_json(args.json, content)  # whatever comes of the rest
+            write_json(args.json, content)  # whatever comes of the rest
         step = None
         if args.profile or (args.plot and on_gpu and args.tensor_parallel_size == 1):
             path = args.profile or str(Path(folder) / "trace.json")
@@ -186,7 +187,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
             seconds = hf.generate(model, bool(args.shape), prompts, output_lens, workload.temperature, dtype, device)
             content["hugging_face"] = report.print_comparison(figures, seconds, hf.GROUP_SIZE)
     if args.json:
-        report.write_json(args.json, content)
+        write_json(args.json, content)
     if args.plot:
         report.plot(args.plot, f"{name} on {setup['device']}\n{workload}", figures, moments, step)
 
@@ -238,7 +239,7 @@ def _bench_latency(args: argparse.Namespace) -> None:
         figures = latency.figures(seconds, args.batch_size * args.output_len)
         report.print_pairs({"engine": report.engine(llm), **{k: f"{v:.4g}" for k, v in figures.items()}})
     if args.json:
-        report.write_json(args.json, {"seconds": seconds, **figures})
+        write_json(args.json, {"seconds": seconds, **figures})
 
 
 def _bench_kernels(args: argparse.Namespace) -> None:
@@ -253,4 +254,4 @@ def _bench_kernels(args: argparse.Namespace) -> None:
     print(report.versions(), flush=True)
     rows = kernels.run(args.block_size)
     if args.json:
-        report.write_json(args.json, rows)
+        write_json(args.json, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import fields
@@ -96,13 +95,6 @@ def print_decode_step(step: DecodeStep) -> None:
         least = step.limit.get(name, limit if name == "all" else 0.0)
         beside = f"reading alone {least:.3f} ms" if least else ""
         print(f"  {name:<30} {milliseconds:>10.3f}  ms, {100 * milliseconds / total:4.1f}%  {beside}".rstrip())
-
-
-def write_json(path: str, content: Any) -> None:
-    """Write `content` to a file."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
 
 
 def requests_json(outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:

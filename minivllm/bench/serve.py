@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 import math
 import os
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minivllm.bench import serve_workload as workload
+from minivllm.bench.result_file import write_json
 from minivllm.bench.serve_metrics import RequestRecord, compute_figures, format_table
 from minivllm.bench.serve_options import ENDPOINTS, add_arguments, check, settings
 
@@ -43,21 +43,24 @@ def run(args: argparse.Namespace) -> None:
 
     duration = max(record.end for record in records) - begin
     figures = compute_figures(records, duration, args.metric_percentiles, dict(args.goodput))
-    if args.json:  # before anything is printed to where nobody may read it
-        requests = [
-            {"arrival_s": arrival} | record.to_json(begin) for arrival, record in zip(arrivals, records, strict=True)
-        ]
-        content = {"date": time.strftime("%Y%m%d-%H%M%S"), "model_id": model, "settings": settings(args)}
-        content |= figures.to_json() | {"requests": requests}
-        Path(args.json).write_text(json.dumps(content) + "\n", encoding="utf-8")
-    print(format_table(figures, args.percentile_metrics, args.max_concurrency, args.request_rate))
     errors = Counter(record.error for record in records if record.error)
-    for error, count in errors.most_common(NUM_SHOWN_ERRORS):
-        print(f"{count} failed: {error}")
-    if len(errors) > NUM_SHOWN_ERRORS:
-        print(f"and {len(errors) - NUM_SHOWN_ERRORS} other errors")
+    shown = errors.most_common(NUM_SHOWN_ERRORS)
+    try:  # each of the two is made even if the other fails
+        if args.json:
+            requests = [
+                {"arrival_s": due} | record.to_json(begin) for due, record in zip(arrivals, records, strict=True)
+            ]
+            content = {"date": time.strftime("%Y%m%d-%H%M%S"), "model_id": model, "settings": settings(args)}
+            write_json(args.json, content | figures.to_json() | {"requests": requests}, indent=None)
+    finally:
+        if figures.completed:
+            print(format_table(figures, args.percentile_metrics, args.max_concurrency, args.request_rate))
+            for error, count in shown:
+                print(f"{count} failed: {error}")
+            if len(errors) > NUM_SHOWN_ERRORS:
+                print(f"and {len(errors) - NUM_SHOWN_ERRORS} other errors")
     if not figures.completed:
-        raise ValueError(f"all {len(records)} requests failed: {errors.most_common(1)[0][0]}")
+        raise ValueError(f"all {len(records)} requests failed: {'; '.join(error for error, _ in shown)}")
     if args.plot:
         from minivllm.bench.serve_plot import plot
 
