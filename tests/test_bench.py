@@ -261,6 +261,7 @@ def test_a_file_to_write_may_be_a_link_and_is_left_alone(tmp_path):
         ("--plot out.foo", "must end in one of"),
         ("--profile /proc/x", "cannot write"),
         ("--num-prompts 1 kernels", "unrecognized arguments"),
+        ("nonsense", "there is no benchmark 'nonsense'; there are throughput, latency, serve, kernels"),
         ("kernels --block-size 48", "block_size must be"),
         pytest.param("kernels", "no CUDA GPU", marks=pytest.mark.skipif(ON_GPU, reason="there is a GPU")),
     ],

@@ -49,6 +49,16 @@ def test_help_names_everything(capsys):
 
 
 @pytest.mark.parametrize(
+    ("first", "message"),
+    [("nonsense", "there is no benchmark 'nonsense'"), ("--shape", "name a benchmark before --shape")],
+)
+def test_benchmarks_are_named(first, message, capsys):
+    assert main(["bench", first, "llama2-7b"]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error == f"minivllm bench: error: {message}; there are throughput, latency, serve, kernels\n"
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", "--temperature", "-1", "--prompt", "x"], "temperature must be"),

@@ -33,13 +33,12 @@ def main(argv: Sequence[str], prog: str = "bench.py") -> int:
 
     Without the name of one it is throughput, for `bench.py`.
     """
-    command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("throughput", argv)
-    if command == "throughput" and rest is argv and prog != "bench.py":
-        lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
-        print(f"usage: {prog} COMMAND [options]\n", *lines, f"\n`{prog} COMMAND --help` explains one.", sep="\n")
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
-    named = prog if rest is argv else f"{prog} {command}"
     print_any_text()
+    first = argv[0] if argv else ""
+    if first not in COMMANDS and (prog != "bench.py" or (first and not first.startswith("-"))):
+        return _explain_commands(first, prog)
+    command, rest = (first, argv[1:]) if first in COMMANDS else ("throughput", argv)
+    named = prog if rest is argv else f"{prog} {command}"
     try:
         if command == "kernels":
             _bench_kernels(parse_kernels(rest, named))
@@ -56,6 +55,20 @@ def main(argv: Sequence[str], prog: str = "bench.py") -> int:
         print(f"{named}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _explain_commands(first: str, prog: str) -> int:
+    """What there is, in answer to a first argument that is no command; returns the exit status."""
+    if first in ("", "-h", "--help"):
+        lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
+        out = sys.stdout if first else sys.stderr
+        print(
+            f"usage: {prog} COMMAND [options]\n", *lines, f"\n`{prog} COMMAND --help` explains one.", sep="\n", file=out
+        )
+        return 0 if first else 2
+    wrong = f"name a benchmark before {first}" if first.startswith("-") else f"there is no benchmark {first!r}"
+    print(f"{prog}: error: {wrong}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
 
 
 def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Namespace:
