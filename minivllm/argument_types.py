@@ -42,9 +42,10 @@ def json_object(text: str) -> dict[str, Any]:
 
 def output_file(text: str) -> str:
     """A file that can be written, found out before a long run and not after it."""
-    path = Path(text).resolve()  # where a link leads
+    path = Path(text)
     try:
         if not path.exists():
+            path = path.resolve()  # where a link leads; that of an open pipe leads to no path
             path.touch()
             path.unlink()
         elif path.is_dir() or not os.access(path, os.W_OK):
@@ -55,13 +56,13 @@ def output_file(text: str) -> str:
 
 
 def picture_file(text: str) -> str:
-    """The same for a picture, whose suffix says its format."""
+    """The same for a picture, whose suffix says its format; a pipe needs none."""
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("needs matplotlib: pip install 'minivllm[plot]', or leave it out")
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = FigureCanvasBase.get_supported_filetypes()
-    if Path(text).suffix[1:].lower() not in formats:
+    if Path(text).suffix[1:].lower() not in formats and not Path(text).is_fifo():
         raise argparse.ArgumentTypeError(f"must end in one of {', '.join(sorted(formats))}, got {text!r}")
     return output_file(text)
 

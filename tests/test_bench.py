@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ON_GPU
+from matplotlib.figure import Figure
 
 from minivllm import LLM
-from minivllm.argument_types import output_file
+from minivllm.argument_types import output_file, picture_file
 from minivllm.bench import kernels, profile, throughput
 from minivllm.bench.cli import main
+from minivllm.bench.result_file import save_picture, write_json
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
 from minivllm.engine.batch import ScheduledBatch
 from minivllm.model_config import ModelConfig
@@ -229,6 +231,23 @@ def test_random_weights_of_a_shape(monkeypatch, capsys, tmp_path):
 
 
 # ---- mistakes
+
+
+def test_pipes_are_files_to_write(tmp_path):
+    """An open pipe, as of /dev/stdout and of a shell's >(…), has a path that leads to no other."""
+    end, pipe = os.pipe()
+    try:
+        path = f"/dev/fd/{pipe}"
+        assert output_file(path) == picture_file(path) == path
+        write_json(path, [1], None)
+        assert os.read(end, 1 << 16) == b"[1]\n"
+        save_picture(path, Figure())
+        assert os.read(end, 1 << 16).startswith(b"\x89PNG")
+        os.mkfifo(tmp_path / "named.pdf")
+        assert picture_file(str(tmp_path / "named.pdf"))
+    finally:
+        os.close(end)
+        os.close(pipe)
 
 
 def test_a_file_to_write_may_be_a_link_and_is_left_alone(tmp_path):

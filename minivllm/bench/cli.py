@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
         "workload": str(workload),
     }
     report.print_pairs(setup)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as at_the_end:
         model = _model(args, folder)
         start = time.perf_counter()
         llm = _load(args, model, max_num_seqs=args.max_num_seqs, seed=args.seed)
@@ -181,7 +182,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
             "series": report.series_json(moments),
         }
         if args.json:
-            write_json(args.json, content)  # whatever comes of the rest
+            at_the_end.callback(write_json, args.json, content)  # whatever comes of the rest
         step = None
         if args.profile or (args.plot and on_gpu and args.tensor_parallel_size == 1):
             path = args.profile or str(Path(folder) / "trace.json")
@@ -199,8 +200,6 @@ def _bench_throughput(args: argparse.Namespace) -> None:
             llm.shutdown()
             seconds = hf.generate(model, bool(args.shape), prompts, output_lens, workload.temperature, dtype, device)
             content["hugging_face"] = report.print_comparison(figures, seconds, hf.GROUP_SIZE)
-    if args.json:
-        write_json(args.json, content)
     if args.plot:
         report.plot(args.plot, f"{name} on {setup['device']}\n{workload}", figures, moments, step)
 

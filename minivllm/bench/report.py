@@ -13,6 +13,7 @@ import torch
 
 from minivllm import LLM
 from minivllm.bench.profile import DecodeStep
+from minivllm.bench.result_file import save_picture
 from minivllm.bench.throughput import Moment, Throughput, time_per_token, time_to_first_token
 from minivllm.outputs import RequestOutput
 
@@ -148,7 +149,7 @@ def plot(path: str, title: str, figures: Throughput, moments: Sequence[Moment], 
         axes.spines[["top", "right"]].set_visible(False)
     if step is not None:
         _plot_decode_step(parts[1].subplots(), step)
-    figure.savefig(path, dpi=150)
+    save_picture(path, figure)
 
 
 def _plot_decode_step(axes: Any, step: DecodeStep) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from minivllm.bench.result_file import save_picture
 from minivllm.bench.serve_metrics import Figures, RequestRecord, Summary, concurrency, tokens_per_bin
 
 HISTOGRAM_HEIGHT = 0.7  # of the axes, which leaves room for the legend above
@@ -67,7 +68,7 @@ def plot(path: str, title: str, figures: Figures, records: Sequence[RequestRecor
         itl.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most_gaps < 1000 else (1,)))
         itl.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         itl.yaxis.set_minor_formatter(NullFormatter())
-    figure.savefig(path, dpi=150)
+    save_picture(path, figure)
 
 
 def _histogram(axes: Any, name: str, what: str, milliseconds: np.ndarray, summary: Summary | None) -> float:
