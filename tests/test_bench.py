@@ -173,7 +173,7 @@ def test_comparison_with_hugging_face(run):
     other = content["hugging_face"]
     assert other["output_tokens_per_s"] == pytest.approx(45 / other["duration_s"])
     assert other["minivllm_ratio"] == pytest.approx(other["duration_s"] / content["figures"]["duration_s"])
-    assert f"{other['minivllm_ratio']:.2f}  x" in stdout
+    assert f"{other['minivllm_ratio']:.2f}  x" in stdout and "in batches of 5\n" in stdout
 
 
 def test_printed_is_what_was_measured(run):
@@ -261,6 +261,21 @@ def test_a_file_to_write_may_be_a_link_and_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
+        ("--temperature -1", "temperature must be"),
+        ("--seed 9223372036854775808", "seed must be"),
+        ("--input-len 9000", "raise --max-model-len"),
+        ("latency --input-len 9000", "raise --max-model-len"),
+        ("--shape llama2-7b --input-len 4090", "raise --max-model-len"),
+    ],
+)
+def test_mistakes_show_before_a_model_is_loaded(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(LLM, "__init__", lambda *_, **__: pytest.fail("loaded"))
+    assert main(argv.split()) == 1 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
         ("--num-prompts 0", "at least 1"),
         ("--num-prompts many", "at least 1"),
         ("--num-prompts ³", "at least 1"),
@@ -277,7 +292,8 @@ def test_a_file_to_write_may_be_a_link_and_is_left_alone(tmp_path):
         ("--temperature -1", "temperature must be"),
         ("--max-model-len 100 --input-len 64 --output-len 64", "raise --max-model-len"),
         ("latency --max-model-len 100 --input-len 64 --output-len 64", "raise --max-model-len"),
-        ("--plot out.foo", "must end in one of"),
+        ("--plot out.foo", "must end in .png, .svg, .pdf, got 'out.foo'"),
+        ("--plot out.tiff", "must end in .png, .svg, .pdf"),
         ("--profile /proc/x", "cannot write"),
         ("--num-prompts 1 kernels", "unrecognized arguments"),
         ("nonsense", "there is no benchmark 'nonsense'; there are throughput, latency, serve, kernels"),

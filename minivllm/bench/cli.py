@@ -17,6 +17,7 @@ from minivllm.bench.result_file import write_json
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
 from minivllm.child_process import WorkerError
 from minivllm.config import EngineConfig
+from minivllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from minivllm import LLM
@@ -90,7 +91,7 @@ def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Na
     add("--max-num-seqs", type=at_least(1), metavar="N", help="requests that run at once at most; default: 256")
     add("--compare", choices=["hf"], help="run the same requests through Hugging Face generate too")
     add("--json", type=output_file, metavar="FILE", help="write all figures, requests and the time series")
-    add("--plot", type=picture_file, metavar="FILE", help="draw the run, and on a GPU a decode step's time (PNG)")
+    add("--plot", type=picture_file, metavar="FILE", help="draw the run, on a GPU a step too (.png, .svg or .pdf)")
     add("--profile", type=output_file, metavar="FILE", help="write a trace of the first steps, for ui.perfetto.dev")
     args = parser.parse_args(argv)
     if args.profile and args.tensor_parallel_size > 1:
@@ -146,6 +147,8 @@ def _bench_throughput(args: argparse.Namespace) -> None:
 
     from minivllm.bench import kernels, profile, report, throughput
 
+    EngineConfig(seed=args.seed)  # mistakes show before anything is loaded
+    SamplingParams(temperature=args.temperature or 0.0)
     on_gpu = torch.cuda.is_available()
     lengths = NANO if on_gpu else (64, 64)
     workload = Workload(
@@ -167,6 +170,7 @@ def _bench_throughput(args: argparse.Namespace) -> None:
     report.print_pairs(setup)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as at_the_end:
         model = _model(args, folder)
+        _check_lengths(args, model, workload.input_len[1], workload.output_len[1])
         start = time.perf_counter()
         llm = _load(args, model, max_num_seqs=args.max_num_seqs, seed=args.seed)
         start_up_s = time.perf_counter() - start
@@ -214,6 +218,23 @@ def _model(args: argparse.Namespace, folder: str) -> str:
     return embedded_model() if args.model is None else args.model
 
 
+def _check_lengths(args: argparse.Namespace, model: str, input_len: int, output_len: int) -> None:
+    """Raise ValueError, before anything is loaded, if requests of so many tokens will not fit."""
+    from minivllm.bench import throughput
+    from minivllm.loading.resolve import resolve
+    from minivllm.model_config import ModelConfig
+
+    limit = _max_model_len(args)
+    if limit is None:
+        files = resolve(model, need_tokenizer=False, need_weights=False)
+        limit = ModelConfig.from_hf(files.config, files.generation_config).default_max_model_len
+    throughput.check_lengths(limit, input_len, output_len)
+
+
+def _max_model_len(args: argparse.Namespace) -> int | None:
+    return args.max_model_len or (4096 if args.shape else None)
+
+
 def _load(args: argparse.Namespace, model: str, **options: Any) -> LLM:
     from minivllm import LLM
 
@@ -222,7 +243,7 @@ def _load(args: argparse.Namespace, model: str, **options: Any) -> LLM:
         load_format="dummy" if args.shape else "auto",
         skip_tokenizer_init=True,
         dtype=args.dtype,
-        max_model_len=args.max_model_len or (4096 if args.shape else None),
+        max_model_len=_max_model_len(args),
         enforce_eager=args.eager,
         tensor_parallel_size=args.tensor_parallel_size,
         **options,
@@ -238,13 +259,12 @@ def _bench_serve(argv: Sequence[str], prog: str) -> None:
 
 
 def _bench_latency(args: argparse.Namespace) -> None:
-    from minivllm.bench import latency, report, throughput
+    from minivllm.bench import latency, report
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _load(args, _model(args, folder), max_num_seqs=args.batch_size) as llm,
-    ):
-        throughput.check_lengths(llm, args.input_len, args.output_len)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model = _model(args, folder)
+        _check_lengths(args, model, args.input_len, args.output_len)
+        llm = stack.enter_context(_load(args, model, max_num_seqs=args.batch_size))
         seconds = latency.measure(
             llm, args.batch_size, args.input_len, args.output_len, args.num_iters_warmup, args.num_iters
         )

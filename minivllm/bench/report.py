@@ -77,6 +77,7 @@ def print_throughput(figures: Throughput, start_up_s: float) -> None:
 
 def print_comparison(figures: Throughput, seconds: float, group_size: int) -> dict[str, float]:
     """Print and return how long Hugging Face took for the same requests, and the ratio of the speeds."""
+    group_size = min(group_size, figures.num_requests)
     rate, ratio = figures.num_output_tokens / seconds, seconds / figures.duration_s
     print()
     for name, value, unit in (
@@ -119,8 +120,8 @@ def series_json(moments: Sequence[Moment]) -> dict[str, list[float]]:
 
 
 def plot(path: str, title: str, figures: Throughput, moments: Sequence[Moment], step: DecodeStep | None = None) -> None:
-    """Draw tokens/s and KV-cache use over the run, and what a decode step's time goes to, as a PNG (or what the file's
-    name says)."""
+    """Draw tokens/s and KV-cache use over the run, and what a decode step's time goes to, in the format of the
+    file's suffix."""
     from matplotlib.figure import Figure
 
     seconds = np.array([moment.seconds for moment in moments])

@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--disable-tqdm", action="store_true", help="no progress bar")
     add("--json", type=output_file, metavar="FILE", help="write all figures and every request")
-    add("--plot", type=picture_file, metavar="FILE", help="draw the run (PNG)")
+    add("--plot", type=picture_file, metavar="FILE", help="draw the run (.png, .svg or .pdf)")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ NUM_BINS, MIN_GAPS = 60, 3  # of the throughput, and in a bin of it: in narrower
 
 
 def plot(path: str, title: str, figures: Figures, records: Sequence[RequestRecord]) -> None:
-    """Draw the distributions of TTFT and ITL, and tokens/s and running requests over time, as a PNG (or what the file's
-    name says).  At least one request must have been completed."""
+    """Draw the distributions of TTFT and ITL, and tokens/s and running requests over time, in the format of the
+    file's suffix.  At least one request must have been completed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 

@@ -100,7 +100,8 @@ def measure(llm: LLM, workload: Workload) -> tuple[Throughput, list[RequestOutpu
 
     Raises ValueError for a workload that does not fit the engine.
     """
-    check_lengths(llm, workload.input_len[1], workload.output_len[1])
+    assert llm.config.max_model_len is not None
+    check_lengths(llm.config.max_model_len, workload.input_len[1], workload.output_len[1])
     engine, stats = llm.engine, llm.engine.scheduler.stats
     prompts, output_lens = workload.draw(llm.model_config.vocab_size)
     _run(engine, [[1, 2, 3]] * 2, [4] * 2, workload.temperature)
@@ -146,13 +147,12 @@ def time_per_token(output: RequestOutput) -> float | None:
     return (metrics.last_token_time - metrics.first_token_time) / (num_tokens - 1)
 
 
-def check_lengths(llm: LLM, input_len: int, output_len: int) -> None:
+def check_lengths(max_model_len: int, input_len: int, output_len: int) -> None:
     """Raise ValueError if requests would be cut at max_model_len, which would falsify the figures."""
-    longest, limit = input_len + output_len, llm.config.max_model_len
-    assert limit is not None
-    if longest > limit:
+    longest = input_len + output_len
+    if longest > max_model_len:
         raise ValueError(
-            f"requests of up to {longest} tokens (in and out) do not fit max_model_len {limit}; "
+            f"requests of up to {longest} tokens (in and out) do not fit max_model_len {max_model_len}; "
             "lower --input-len or --output-len, or raise --max-model-len"
         )
 
