@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from minivllm import LLM
 from minivllm.layers import rope_table
@@ -88,6 +89,15 @@ def test_missing_unknown_and_misshapen_are_named_and_nothing_is_written(tmp_path
     assert "1 that the model has no place for" in message and "extra.weight" in message
     assert "buffer" not in message and "fits" not in message
     assert targets["fits"].isnan().all()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_alone(is_terminal, monkeypatch, tmp_path, capsys):
+    save_file(weights("a"), tmp_path / "model.safetensors")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr("minivllm.loading.weights.tqdm", lambda *args, **others: tqdm(*args, **others | {"delay": 0}))
+    load_weights(poisoned(weights("a")), SafetensorsSource(tmp_path), progress=True)
+    assert ("loading weights" in capsys.readouterr().err) == is_terminal
 
 
 def test_shapes_that_would_broadcast_are_refused(tmp_path):

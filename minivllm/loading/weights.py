@@ -102,9 +102,14 @@ def load_weights(
     shapes = source.shapes()
     _check(targets, shapes, ignored)
     unwritten = set(targets)
-    # The line appears only when loading takes long enough to wonder.
+    # The line appears only when loading takes long enough to wonder, and on a terminal: it would fill a log.
     for name, tensor in tqdm(
-        source.tensors(), total=len(shapes), desc="loading weights", unit="tensor", delay=2, disable=not progress
+        source.tensors(),
+        total=len(shapes),
+        desc="loading weights",
+        unit="tensor",
+        delay=2,
+        disable=None if progress else True,
     ):
         target = targets.get(name)
         if target is None:
