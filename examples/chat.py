@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from minivllm import LLM, SamplingParams
+from minivllm.argument_types import discard_output
 from minivllm.chat import LocalModel, run
 
 
@@ -21,6 +22,8 @@ def main() -> None:
         # Small blocks: only full ones are cached, so more of a short conversation is.
         llm = LLM(args.model, max_model_len=args.max_model_len, block_size=16)
         run(LocalModel(llm), args.system, options)
+    except BrokenPipeError:  # nobody reads on
+        discard_output()
     except (ValueError, OSError) as error:
         sys.exit(f"chat.py: {error}")
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from minivllm import LLM, SamplingParams
+from minivllm.argument_types import discard_output
 
 parser = argparse.ArgumentParser(description="Stream one answer.")
 parser.add_argument("--prompt", default="Why is the sky blue?", help="(%(default)s)")
@@ -16,8 +17,10 @@ try:
     prompt = llm.preprocess_chat([{"role": "user", "content": args.prompt}])
     for output in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=args.max_tokens)):
         print(output.outputs[0].text, end="", flush=True)
+    print()
+except BrokenPipeError:  # nobody reads on
+    discard_output()
 except (ValueError, OSError) as error:
     sys.exit(f"stream.py: {error}")
 except KeyboardInterrupt:
-    pass
-print()
+    print()

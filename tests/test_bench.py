@@ -258,6 +258,18 @@ def test_a_file_to_write_may_be_a_link_and_is_left_alone(tmp_path):
     assert output_file(str(link)) and target.read_text() == "kept"
 
 
+@pytest.mark.parametrize("argv", ["throughput --num-prompts 1 --output-len 2", "--help"])
+def test_a_reader_that_has_gone_is_no_error(argv):
+    end, pipe = os.pipe()
+    os.close(end)
+    try:
+        command = [sys.executable, "-m", "minivllm", "bench", *argv.split()]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE)
+    finally:
+        os.close(pipe)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

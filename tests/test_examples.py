@@ -52,6 +52,18 @@ def test_stream_mistakes(monkeypatch, capsys, argv):
         run(monkeypatch, capsys, "stream.py", *argv)
 
 
+@pytest.mark.parametrize("name", ["stream.py", "chat.py"])
+def test_a_reader_that_has_gone_is_no_error(name):
+    end, pipe = os.pipe()
+    os.close(end)
+    try:
+        command = [sys.executable, EXAMPLES / name, "--max-tokens", "4"]
+        done = subprocess.run(command, input=b"Hello!\n", stdout=pipe, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    finally:
+        os.close(pipe)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_chat_piped():
     text = (
         "What is the capital of France?\n\nAnd of Italy?\n"
