@@ -155,11 +155,14 @@ class Chat:
             self.print_stats()
         elif name == "/help":
             note(HELP)
+        elif name == "/exit":
+            note("/exit stands alone; this was more")
         else:
             note(f"there is no {name}; /help lists the commands")
 
-    def answer(self, question: str) -> None:
-        """Stream an answer.  Ctrl-C ends it; what was said until then stays in the conversation."""
+    def answer(self, question: str) -> bool:
+        """Stream an answer; returns whether there is one.  Ctrl-C ends it; what was said until then stays in the
+        conversation."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         user = {"role": "user", "content": question}
         text, part, reason = "", Part(""), None
@@ -177,10 +180,12 @@ class Chat:
         except (ValueError, OSError) as error:
             if text:
                 print()
-            return note(str(error))
+            note(str(error))
+            return False
         end = time.monotonic()
         if first is None:
-            return note("stopped before the first token; the message is forgotten")
+            note("stopped before the first token; the message is forgotten")
+            return False
         print()
         self.turns += [user, {"role": "assistant", "content": text}]
         self.num_answers += 1
@@ -194,6 +199,7 @@ class Chat:
             cached = f"{part.num_cached_tokens} of {part.num_prompt_tokens} prompt tokens cached"
             figures = [f"{num} tokens", *rate, *figures, cached]
         note(self.ending(reason, part.num_prompt_tokens + num) + ", ".join(figures))
+        return True
 
     def ending(self, reason: str | None, num_tokens: int) -> str:
         """Why an answer in a conversation of now `num_tokens` tokens ended, if not by itself."""
@@ -216,7 +222,8 @@ def note(text: str) -> None:
 
 
 def run(model: ChatModel, system: str | None, options: dict[str, Any]) -> None:
-    """Answer what is typed, line by line, until the end of input."""
+    """Answer what is typed, line by line, until the end of input.  Raises ValueError if nobody is there and not one
+    question could be answered."""
     if sys.stdin is None or sys.stdout is None:
         raise ValueError("a chat needs standard input and output")
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -225,7 +232,7 @@ def run(model: ChatModel, system: str | None, options: dict[str, Any]) -> None:
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  (input() then edits lines and remembers them)
         note(f"{model.name}; /help lists the commands")
-    chat = Chat(model, system, options)
+    chat, answered = Chat(model, system, options), []
     for line in _read_lines() if interactive else map(str.strip, sys.stdin):
         if line == "/exit":
             break
@@ -233,7 +240,9 @@ def run(model: ChatModel, system: str | None, options: dict[str, Any]) -> None:
             if line.startswith("/"):
                 chat.command(line)
             elif line:
-                chat.answer(line)
+                answered.append(chat.answer(line))
+    if answered and not any(answered) and not interactive:
+        raise ValueError("not one question was answered")
 
 
 def _read_lines() -> Iterator[str]:

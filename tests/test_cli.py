@@ -185,17 +185,17 @@ def test_generate(embedded):
 
 
 def test_chat_with_a_server(server):
-    lines = "What is the capital of France?\nAnd of Italy?\n/stats\n/nothing\n"
+    lines = "What is the capital of France?\nAnd of Italy?\n/stats\n/nothing\n/exit now\n"
     done = run("chat", "--url", server.url, "--temperature", "0", "--max-tokens", "30", text=lines)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout and "Rome" in done.stdout
+    assert "/exit stands alone" in done.stdout
     assert "answers: 2" in done.stdout and "there is no /nothing" in done.stdout and " cached" in done.stdout
     wrong = run("chat", "gpt-9", "--url", server.url + "/v1", text="Hi\n")
     assert wrong.returncode == 1 and "the server has no model 'gpt-9'; it has smol" in wrong.stderr
     refused = run("chat", "--url", server.url, "--system", "x " * 3000, text="Hi\n")
-    assert (
-        refused.returncode == 0 and "the server says HTTP 400" in refused.stdout and "max_model_len" in refused.stdout
-    )
+    assert "the server says HTTP 400" in refused.stdout and "max_model_len" in refused.stdout
+    assert refused.returncode == 1 and refused.stderr == "minivllm: error: not one question was answered\n"
 
 
 def test_chat_in_this_process(embedded):
