@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from minivllm import LLM
 from minivllm.argument_types import output_file, picture_file
 from minivllm.bench import kernels, profile, throughput
-from minivllm.bench.cli import main
+from minivllm.bench.cli import COMMANDS, main
 from minivllm.bench.result_file import save_picture, write_json
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
 from minivllm.engine.batch import ScheduledBatch
@@ -321,6 +321,14 @@ def test_mistakes_are_one_line(argv, message, capsys):
     error = capsys.readouterr().err
     assert status in (1, 2)
     assert message in error.splitlines()[-1] and "error: " in error.splitlines()[-1]
+
+
+def test_help_names_all_commands(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(command in out.split("Commands: ")[1] for command in COMMANDS)
+    assert all(command in (ROOT / "bench.py").read_text() for command in COMMANDS if command != "throughput")
 
 
 def test_missing_matplotlib_is_said_before_the_run(monkeypatch, capsys):

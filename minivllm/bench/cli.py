@@ -79,12 +79,11 @@ def _explain_commands(first: str, prog: str) -> int:
 
 
 def parse_throughput(argv: Sequence[str], prog: str = "bench.py") -> argparse.Namespace:
-    others = ", ".join(name for name in COMMANDS if name != "throughput")
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [options]" + (f"  or  {prog} COMMAND [options]" if prog == "bench.py" else ""),
         description="End-to-end tokens/s of minivllm.",
-        epilog=f"Further commands: {others}." if prog == "bench.py" else None,
+        epilog=f"Commands: {', '.join(COMMANDS)}; throughput if none is named." if prog == "bench.py" else None,
     )
     add = parser.add_argument
     _add_engine(parser)
