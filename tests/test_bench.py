@@ -310,6 +310,9 @@ def test_mistakes_show_before_a_model_is_loaded(argv, message, monkeypatch, caps
         ("--num-prompts 1 kernels", "unrecognized arguments"),
         ("nonsense", "there is no benchmark 'nonsense'; there are throughput, latency, serve, kernels"),
         ("kernels --block-size 48", "block_size must be"),
+        ("kernels --block-size many", "invalid int value"),
+        ("latency --num-iters 0", "at least 1"),
+        ("serve --num-prompts 0", "at least 1"),
         pytest.param("kernels", "no CUDA GPU", marks=pytest.mark.skipif(ON_GPU, reason="there is a GPU")),
     ],
 )
@@ -321,6 +324,7 @@ def test_mistakes_are_one_line(argv, message, capsys):
     error = capsys.readouterr().err
     assert status in (1, 2)
     assert message in error.splitlines()[-1] and "error: " in error.splitlines()[-1]
+    assert sum(line.startswith(" ") for line in error.splitlines()) == 0, "the usage is a line"
 
 
 def test_help_names_all_commands(capsys):

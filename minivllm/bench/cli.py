@@ -117,9 +117,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_latency(argv: Sequence[str], prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Seconds of one batch, from its prompts to its last tokens."
-    )
+    parser = _parser(prog, "Seconds of one batch, from its prompts to its last tokens.")
     _add_engine(parser)
     add = parser.add_argument
     add("--batch-size", type=at_least(1), default=8, metavar="N", help="prompts at once (%(default)s)")
@@ -138,12 +136,15 @@ def parse_latency(argv: Sequence[str], prog: str) -> argparse.Namespace:
 
 
 def parse_kernels(argv: Sequence[str], prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Time of decode attention and KV bytes read a second, on a GPU."
-    )
+    parser = _parser(prog, "Time of decode attention and KV bytes read a second, on a GPU.")
     parser.add_argument("--block-size", type=int, default=64, metavar="N", help="tokens in a KV block (%(default)s)")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures")
     return parser.parse_args(argv)
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """One whose usage is a line: a mistake is what its user is to see, --help has all options."""
+    return argparse.ArgumentParser(prog=prog, usage="%(prog)s [options]", description=description)
 
 
 def _bench_throughput(args: argparse.Namespace) -> None:
@@ -257,7 +258,7 @@ def _load(args: argparse.Namespace, model: str, **options: Any) -> LLM:
 def _bench_serve(argv: Sequence[str], prog: str) -> None:
     from minivllm.bench import serve
 
-    parser = argparse.ArgumentParser(prog=prog, description="Send requests to an OpenAI-compatible server and time it.")
+    parser = _parser(prog, "Send requests to an OpenAI-compatible server and time it.")
     serve.add_arguments(parser)
     serve.run(parser.parse_args(argv))
 
