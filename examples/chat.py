@@ -3,9 +3,7 @@
 import argparse
 import sys
 
-from minivllm import LLM, SamplingParams
 from minivllm.argument_types import discard_output
-from minivllm.chat import LocalModel, run
 
 
 def main() -> None:
@@ -17,6 +15,9 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens in a conversation; default: the model's")
     args = parser.parse_args()
     try:
+        from minivllm import LLM, SamplingParams  # takes a moment, in which Ctrl-C may come
+        from minivllm.chat import LocalModel, run
+
         options = dict(temperature=args.temperature, max_tokens=args.max_tokens)
         SamplingParams(**options)  # mistakes show before anything is loaded
         # Small blocks: only full ones are cached, so more of a short conversation is.

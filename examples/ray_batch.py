@@ -6,7 +6,14 @@ A row is {"prompt": …} or {"messages": […]}.  Started again after it was sto
 import argparse
 import sys
 
-from minivllm.ray import generate
+try:
+    import ray
+
+    from minivllm.ray import generate
+except ImportError as error:
+    sys.exit(f'ray_batch.py: {error}; pip install -e ".[ray]"')
+except KeyboardInterrupt:
+    sys.exit(130)
 
 parser = argparse.ArgumentParser(description="Answer a .jsonl or .parquet file of prompts on a Ray cluster.")
 parser.add_argument("input", help=".jsonl or .parquet, with prompt, prompt_token_ids or messages in each row")
@@ -27,8 +34,6 @@ if args.temperature is not None:
     sampling_params["temperature"] = args.temperature
 try:
     if args.address:
-        import ray
-
         ray.init(args.address)
     summary = generate(
         args.input,
@@ -41,4 +46,6 @@ try:
     )
 except (ValueError, OSError, ImportError, RuntimeError) as error:
     sys.exit(f"ray_batch.py: {error}")
+except KeyboardInterrupt:
+    sys.exit(130)
 print(f"{summary.num_rows} rows, {summary.num_answered_rows} answered now, {summary.num_failed_rows} of them failed")

@@ -13,6 +13,8 @@ try:
     from minivllm.ray_serve import application
 except ImportError as error:
     sys.exit(f'ray_serve.py: {error}; pip install -e ".[ray]"')
+except KeyboardInterrupt:
+    sys.exit(130)
 
 parser = argparse.ArgumentParser(description="Serve a model on Ray Serve.")
 parser.add_argument("--model", help="folder, hub id or .gguf file; default: the embedded SmolLM2-135M-Instruct")
@@ -27,12 +29,12 @@ parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", 
 parser.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output; default: the model's")
 args = parser.parse_args()
 
-ray.init(args.address)
-on_gpus = ray.cluster_resources().get("GPU", 0) > 0
 engine_arguments = dict(tensor_parallel_size=args.tensor_parallel_size)
 if args.max_model_len:
     engine_arguments["max_model_len"] = args.max_model_len
 try:
+    ray.init(args.address)
+    on_gpus = ray.cluster_resources().get("GPU", 0) > 0
     app = application(
         args.model,
         num_replicas=args.replicas,
@@ -42,7 +44,7 @@ try:
     )
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(app, blocking=True)
-except (ValueError, RuntimeError) as error:
+except (ValueError, OSError, RuntimeError) as error:
     sys.exit(f"ray_serve.py: {error}")
 except KeyboardInterrupt:
     sys.exit(130)

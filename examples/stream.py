@@ -3,7 +3,6 @@
 import argparse
 import sys
 
-from minivllm import LLM, SamplingParams
 from minivllm.argument_types import discard_output
 
 parser = argparse.ArgumentParser(description="Stream one answer.")
@@ -13,6 +12,8 @@ parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="(%
 args = parser.parse_args()
 
 try:
+    from minivllm import LLM, SamplingParams  # takes a moment, in which Ctrl-C may come
+
     llm = LLM(args.model)
     prompt = llm.preprocess_chat([{"role": "user", "content": args.prompt}])
     for output in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=args.max_tokens)):
@@ -24,3 +25,4 @@ except (ValueError, OSError) as error:
     sys.exit(f"stream.py: {error}")
 except KeyboardInterrupt:
     print()
+    sys.exit(130)

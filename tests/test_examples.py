@@ -1,5 +1,6 @@
 """The examples, run as a user would."""
 
+import builtins
 import os
 import pty
 import re
@@ -50,6 +51,30 @@ def test_stream(monkeypatch, capsys):
 def test_stream_mistakes(monkeypatch, capsys, argv):
     with pytest.raises(SystemExit, match="^stream.py: "):
         run(monkeypatch, capsys, "stream.py", *argv)
+
+
+@pytest.mark.parametrize(
+    "name, argv",
+    [("generate.py", []), ("stream.py", []), ("chat.py", []), ("ray_batch.py", ["in", "out"]), ("ray_serve.py", [])],
+)
+def test_ctrl_c_in_the_first_moments(name, argv, monkeypatch, capsys):
+    original = builtins.__import__
+
+    def interrupted(module, *others):
+        if module in ("minivllm", "ray"):
+            raise KeyboardInterrupt
+        return original(module, *others)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit, match="^130$"):
+        run(monkeypatch, capsys, name, *argv)
+
+
+@pytest.mark.parametrize("name", ["ray_batch.py", "ray_serve.py"])
+def test_missing_ray_is_named(name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=rf"^{name}: .*pip install"):
+        run(monkeypatch, capsys, name, "in.jsonl", "out.jsonl")
 
 
 @pytest.mark.parametrize("name", ["stream.py", "chat.py"])
