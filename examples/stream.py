@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from minivllm.argument_types import discard_output
+from minivllm import LLM, SamplingParams
 
 parser = argparse.ArgumentParser(description="Stream one answer.")
 parser.add_argument("--prompt", default="Why is the sky blue?", help="(%(default)s)")
@@ -12,17 +12,12 @@ parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="(%
 args = parser.parse_args()
 
 try:
-    from minivllm import LLM, SamplingParams  # takes a moment, in which Ctrl-C may come
-
     llm = LLM(args.model)
     prompt = llm.preprocess_chat([{"role": "user", "content": args.prompt}])
     for output in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=args.max_tokens)):
         print(output.outputs[0].text, end="", flush=True)
-    print()
-except BrokenPipeError:  # nobody reads on
-    discard_output()
 except (ValueError, OSError) as error:
     sys.exit(f"stream.py: {error}")
 except KeyboardInterrupt:
-    print()
-    sys.exit(130)
+    pass
+print()

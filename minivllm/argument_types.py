@@ -42,6 +42,17 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def json_texts(text: str) -> list[str]:
+    """A JSON list of texts."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise argparse.ArgumentTypeError(f"must be a JSON list of texts, got {text!r}")
+    return value
+
+
 def output_file(text: str) -> str:
     """A file that can be written, found out before a long run and not after it."""
     path = Path(text)

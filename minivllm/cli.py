@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 from minivllm import __version__
-from minivllm.argument_types import at_least, json_object, print_any_text
+from minivllm.argument_types import at_least, discard_output, json_object, json_texts, print_any_text
 from minivllm.child_process import WorkerError
 from minivllm.config import EngineConfig
 from minivllm.vllm_flags import ENGINE_FLAGS, SERVER_FLAGS, add_hidden, check_server_flags, option_strings, with_dashes
@@ -31,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.model = _the_model(args.model, args.model_option)
         args.run(args)
+        print(end="", flush=True)  # a reader that has gone shows here, not after the end
+    except BrokenPipeError:
+        discard_output()
+        return 141  # what a shell makes of SIGPIPE
     except (ValueError, OSError, ImportError, MemoryError, WorkerError) as error:
         print(f"minivllm: error: {error}", file=sys.stderr)
         return 1
@@ -50,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        description, usage = help[0].upper() + help[1:] + ".", "%(prog)s [MODEL] [options]"
+        one = commands.add_parser(name, help=help, description=description, usage=usage)
         one.set_defaults(run=run)
         one.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
         one.add_argument("--model", dest="model_option", help=argparse.SUPPRESS)  # the same, as vLLM's
@@ -99,7 +103,7 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (%(default)s)")
-    add("--port", type=int, default=8000, help="0: any free one (%(default)s)")
+    add("--port", type=at_least(0, 65535), default=8000, help="0: any free one (%(default)s)")
     add("--api-key", action="append", default=[], metavar="KEY",
         help="clients must send it; default: $MINIVLLM_API_KEY, or $VLLM_API_KEY")  # fmt: skip
     add("--served-model-name", nargs="+", metavar="NAME", help="what clients call the model; default: MODEL")
@@ -112,7 +116,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     add("--chat-template-content-format", choices=("auto", "string", "openai"), default="auto",
         help="contents go to the template as texts, as lists of parts, or as it is made for (%(default)s)")  # fmt: skip
-    add("--allowed-origins", type=json.loads, default=[], metavar="JSON", help="of web pages that may call: a list")
+    add("--allowed-origins", type=json_texts, default=[], metavar="JSON", help="of web pages that may call: a list")
     add("--grace-period", type=at_least(0), default=30, metavar="SECONDS",
         help="that running requests have after SIGTERM (%(default)s)")  # fmt: skip
     add("--access-log", action="store_true", help="a line for each request")
@@ -129,8 +133,6 @@ def _serve(args: argparse.Namespace) -> None:
         raise ImportError(f"{error}; the server needs more: pip install 'minivllm[server]'") from None
     if args.tool_call_parser is not None and args.tool_call_parser not in PARSERS:
         raise ValueError(f"--tool-call-parser must be one of {', '.join(PARSERS)}; got {args.tool_call_parser!r}")
-    if not isinstance(args.allowed_origins, list):
-        raise ValueError("--allowed-origins must be a JSON list of origins")
     if "" in args.api_key:
         raise ValueError("--api-key must not be empty")
     check_server_flags(args)
@@ -175,7 +177,9 @@ def _generate(args: argparse.Namespace) -> None:
     SamplingParams(**_sampling_options(args))  # mistakes show before anything is loaded
     if not args.prompt and sys.stdin is None:
         raise ValueError("there is no standard input; give --prompt")
-    prompts = args.prompt or [sys.stdin.read()]
+    if args.skip_tokenizer_init:
+        raise ValueError("generate needs a tokenizer; leave --skip-tokenizer-init out")
+    prompts = args.prompt or [_standard_input()]
     from minivllm import LLM
 
     with LLM(args.model, **engine_arguments(args)) as llm:
@@ -184,6 +188,16 @@ def _generate(args: argparse.Namespace) -> None:
             if len(prompts) > 1:
                 print(f"--- {output.prompt}")
             print(output.outputs[0].text)
+
+
+def _standard_input() -> str:
+    """What comes on it, without the line break at its end."""
+    if sys.stdin.isatty():
+        print("minivllm: reading the prompt, up to Ctrl-D", file=sys.stderr)
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 (byte {error.start})") from None
 
 
 def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:

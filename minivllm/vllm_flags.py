@@ -73,12 +73,7 @@ SHORT = {
     "tensor_parallel_size": "-tp",
 }
 # Which of these options are switches, and come without a value.
-SWITCH_BEGINNINGS = ("allow_", "disable_", "enable_", "exclude_", "return_", "skip_", "trust_", "use_")
-OTHER_SWITCHES = (
-    "aggregate_engine_logging", "calculate_kv_scales", "cudagraph_metrics", "fully_sharded_loras",
-    "interleave_mm_strings", "kv_cache_metrics", "kv_sharing_fast_prefill", "language_model_only", "mm_encoder_only",
-    "numa_bind", "ray_workers_use_nsight", "scheduler_reserve_full_isl", "specialize_active_lora",
-)  # fmt: skip
+SWITCH_BEGINNINGS = ("allow_", "calculate_", "disable_", "enable_", "exclude_", "return_", "skip_", "trust_", "use_")
 LISTS = ("cuda_graph_sizes", "cudagraph_capture_sizes", "logits_processors", "lora_modules", "middleware")
 
 
@@ -101,7 +96,7 @@ def add_hidden(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Take these options, None where they are not given, without a word in the help."""
     for name in names:
         options: dict[str, Any] = dict(dest=name, default=None, help=argparse.SUPPRESS)
-        if name in OTHER_SWITCHES or name.startswith(SWITCH_BEGINNINGS):
+        if name.startswith(SWITCH_BEGINNINGS):
             options["action"] = argparse.BooleanOptionalAction
         elif name == "hf_token":
             options |= dict(nargs="?", const=True)

@@ -182,6 +182,29 @@ def test_generate(embedded):
     piped = run("generate", embedded, "--temperature", "0", "--max-tokens", "4", "--device", "cpu", "--max-model-len",
                 "64", text="The capital of France is")  # fmt: skip
     assert "Paris" in piped.stdout and piped.returncode == 0
+    lines = run("generate", embedded, "--temperature", "0", "--max-tokens", "4", "--device", "cpu", "--max-model-len",
+                "64", text="The capital of France is\n")  # fmt: skip
+    assert lines.stdout == piped.stdout, "the line break at the end is the shell's"
+
+
+def test_a_reader_that_has_gone_is_no_error(embedded):
+    end, pipe = os.pipe()
+    os.close(end)
+    command = [sys.executable, "-m", "minivllm", "generate", "--device", "cpu", "--prompt", "a", "--max-tokens", "1"]
+    done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_wrong_standard_input():
+    done = subprocess.run([sys.executable, "-m", "minivllm", "generate"], input=b"a\xff", capture_output=True)
+    assert done.returncode == 1 and done.stderr == b"minivllm: error: standard input is not UTF-8 (byte 1)\n"
+    done = run("generate", "--skip-tokenizer-init", text="x")
+    assert done.returncode == 1 and "leave --skip-tokenizer-init out" in done.stderr
+    for arguments in (["--port", "99999"], ["--allowed-origins", "[1]"]):
+        done = run("serve", *arguments)
+        assert done.returncode == 2 and f"argument {arguments[0]}: must be" in done.stderr
+        assert len(done.stderr.splitlines()) == 2, "usage is a line"
 
 
 def test_chat_with_a_server(server):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from conftest import RunningServer
 
 from minivllm import LLM, SamplingParams
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.server import app
 from minivllm.server.chat_protocol import ChatBody, TokenizeBody
 from minivllm.server.protocol import ApiError, CompletionBody
 from minivllm.server.service import ServerOptions, Service
@@ -731,7 +733,7 @@ def test_sigterm_loses_no_request(tiny):
 
     for parts in asyncio.run(run()):
         assert parts[-1]["choices"][0]["finish_reason"] == "length"
-    assert process.wait(10) == 0
+    assert process.wait(10) == 0 and "requests that run have 30 s to end (Ctrl-C: at once)" in process.stderr.read()
     process.stderr.close()
 
 
@@ -763,6 +765,15 @@ def test_requests_that_outlast_the_grace_period_hear_of_it(tiny):
     process.stderr.close()
 
 
+def test_the_second_of_two_servers_that_load_says_so(monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with app.bind("127.0.0.1", 0) as first:
+        second = app.bind("127.0.0.1", first.getsockname()[1])
+        first.listen()
+        with pytest.raises(OSError, match="use another --port"):
+            app.serve(second, nullcontext, None, 1)
+
+
 def test_starting_mistakes_are_one_line(tiny):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -770,6 +781,7 @@ def test_starting_mistakes_are_one_line(tiny):
         port = str(taken.getsockname()[1])
         for arguments, message in (
             (["--port", port], "use another --port"),
+            (["--host", "192.0.2.1"], "use another --host"),
             (["--tool-call-parser", "x", "--port", "0"], "--tool-call-parser must be one of"),
             (["--port", "0", "--max-model-len", "99999999"], "max_model_len"),
         ):

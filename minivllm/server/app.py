@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import hmac
 import json
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import uvicorn
@@ -36,6 +38,7 @@ from minivllm.server.metrics import ServerMetrics
 from minivllm.server.protocol import CompletionBody, DetokenizeBody
 from minivllm.server.service import ServerOptions, Service, Work
 
+BACKLOG = 2048  # connections that wait to be taken
 PAGE = Path(__file__).with_name("page.html")
 OPEN_PATHS = ("/", "/health", "/ping", "/version", "/metrics")  # need no key: they show nothing of anybody's requests
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
@@ -203,16 +206,16 @@ class _Endpoints:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket to serve on; before anything is loaded, so that a port in use shows at once."""
+    """A socket to serve on; before anything is loaded, so that a port that somebody listens on shows at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         listener.close()
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot serve on {host} port {port}: {reason}; use another --port") from None
+        option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise OSError(f"cannot serve on {host} port {port}: {error.strerror}; use another {option}") from None
     return listener
 
 
@@ -230,6 +233,11 @@ def serve(
 
     signal.signal(signal.SIGTERM, end)  # while loading; uvicorn has its own meanwhile, and then calls this one
     with listener, load() as llm:
+        try:
+            listener.listen(BACKLOG)
+        except OSError as error:  # another server that was loading too was first
+            host, port = listener.getsockname()[:2]
+            raise OSError(f"cannot serve on {host} port {port}: {error.strerror}; use another --port") from None
         options = make_options(llm)
         config = uvicorn.Config(
             make_app(llm, options),
@@ -238,17 +246,23 @@ def serve(
             timeout_graceful_shutdown=grace_seconds,
             lifespan="off",
             server_header=False,
-            backlog=2048,
+            backlog=BACKLOG,
         )
         _Server(config, options.model_names[0]).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Says where it is once it listens."""
+    """Says where it is once it listens, and what it waits for when it is told to end."""
 
     def __init__(self, config: uvicorn.Config, model_name: str) -> None:
         super().__init__(config)
         self._model_name = model_name
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.server_state.tasks and not self.should_exit:
+            seconds = self.config.timeout_graceful_shutdown
+            print(f"minivllm: requests that run have {seconds} s to end (Ctrl-C: at once)", file=sys.stderr)
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
