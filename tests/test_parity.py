@@ -59,7 +59,7 @@ def run(folder, prompts, num_tokens, cache, budget, memory, order, schedule):
         skip_tokenizer_init=True,
         device="cpu",
         dtype="float32",
-        max_model_len=model.max_position_embeddings,
+        max_model_len=longest,
         block_size=BLOCK_SIZE,
         kv_cache_memory_bytes=num_blocks * BLOCK_SIZE * model.kv_elements_per_token * 4,
         max_num_batched_tokens=budget,
