@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from minivllm import __version__
@@ -22,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.  A user's mistakes are one line on stderr."""
     arguments = with_dashes(sys.argv[1:] if argv is None else argv)
     print_any_text()
+    warnings.formatwarning = _line
     if arguments[:1] == ["bench"]:
         from minivllm.bench import cli as bench
 
@@ -41,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("minivllm: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of ours without the place in the code."""
+    if Path(filename).parent == Path(__file__).parent:
+        return f"minivllm: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -167,7 +167,7 @@ def test_all_that_llm_answers_is_an_option(monkeypatch, capsys):
         main(["serve", "--help"])
     assert "swap-space" not in (text := capsys.readouterr().out) and "uvicorn" not in text
     for arguments, message in (
-        (["--swap-space", "4", "--load-format", "x"], "swap_space has no effect"),
+        (["--swap-space", "4", "--load-format", "x"], "minivllm: swap_space has no effect: preempted requests are"),
         (["--no-enable-lora", "--load-format", "x"], ""),
     ):
         done = run("generate", *arguments, text="x")

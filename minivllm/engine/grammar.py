@@ -95,11 +95,6 @@ class TokenMasks:
             fill_next_token_bitmask(grammar.matcher, words, row)
         return words
 
-    @property
-    def error(self) -> str | None:
-        """Why one of the grammars cannot go on."""
-        return next((grammar.error for grammar in self._grammars if grammar.error is not None), None)
-
     def __reduce__(self) -> Any:
         return TokenMasks, (self.places,)
 
@@ -156,11 +151,11 @@ class GrammarCompiler:
         )
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
         grammar = Grammar(matcher, self._num_words)
-        first = TokenMasks()
-        first.add(0, grammar.copy())
         if grammar.error is not None:
             raise ValueError(grammar.error)
-        first.words()
+        masks, first = TokenMasks(), grammar.copy()
+        masks.add(0, first)
+        masks.words()
         if first.error is not None:
             raise ValueError(f"the grammar allows no text ({first.error})")
         return grammar
