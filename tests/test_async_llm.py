@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from minivllm import LLM, RequestOutputKind, SamplingParams
 from minivllm.async_llm import AsyncLLM, EngineDeadError
 from minivllm.child_process import start_process
 from minivllm.engine_process import pack, unpack
-from minivllm.output_stream import merge
+from minivllm.output_stream import OutputStream, merge
 from minivllm.sampling_params import StructuredOutputsParams
 
 PROMPTS = [[1 + i, 2, 3 + 2 * i, 4] * (1 + i % 3) for i in range(12)]
@@ -123,18 +124,23 @@ def test_wrong_input_is_refused_and_others_go_on(llm):
     asyncio.run(run())
 
 
-def test_a_refused_request_leaves_another_of_its_name_alone(llm):
+def test_a_refused_request_leaves_another_of_its_name_alone(llm, monkeypatch):
+    """One that takes the name between the refusal and the moment in which the refused caller wakes."""
+    accept, params, others = llm._accept, SamplingParams(max_tokens=2), []
+
+    def refuse(name, wrong):
+        accept(name, wrong)
+        if not others:
+            others.append(OutputStream(llm, name, None, [1, 2], params))
+            llm._streams[name] = others[0]
+            llm._send("add", name, [1, 2], pickle.dumps(params), None)
+
     async def run():
-        for i in range(30):
-            name = f"again {i}"
-            refused = asyncio.ensure_future(llm.add_request([1] * 300, LONG, name))
-            await asyncio.sleep(0)
-            while name in llm._streams:
-                await asyncio.sleep(0)
-            good = await llm.add_request([1, 2], SamplingParams(max_tokens=2), name)
-            assert (await asyncio.wait_for(last(good), 20)).finished
-            with pytest.raises(ValueError, match="max_model_len is 256"):
-                await refused
+        monkeypatch.setattr(llm, "_accept", refuse)
+        with pytest.raises(ValueError, match="max_model_len is 256"):
+            await llm.add_request([1] * 300, LONG, "again")
+        await asyncio.wait_for(others[0].accepted, 20)
+        assert (await asyncio.wait_for(last(others[0]), 20)).finished
         await idle(llm)
 
     asyncio.run(run())
