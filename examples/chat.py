@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from minivllm.argument_types import discard_output
+from minivllm.command import discard_output
 
 
 def main() -> None:

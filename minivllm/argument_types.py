@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,7 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
 
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
+    value = _json(text)
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return value
@@ -44,13 +39,18 @@ def json_object(text: str) -> dict[str, Any]:
 
 def json_texts(text: str) -> list[str]:
     """A JSON list of texts."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
+    value = _json(text)
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise argparse.ArgumentTypeError(f"must be a JSON list of texts, got {text!r}")
     return value
+
+
+def _json(text: str) -> Any:
+    """What it stands for; None if it is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def output_file(text: str) -> str:
@@ -75,15 +75,3 @@ def picture_file(text: str) -> str:
     if Path(text).suffix.lower() not in PICTURE_SUFFIXES and not Path(text).is_fifo():
         raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURE_SUFFIXES)}, got {text!r}")
     return output_file(text)
-
-
-def print_any_text() -> None:
-    """Let what the terminal's encoding lacks be printed as escapes, not be an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def discard_output() -> None:
-    """Let what is still to be printed go nowhere, since whoever read it has gone: at its end Python would try again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

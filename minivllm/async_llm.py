@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from minivllm.child_process import check_importable, start_process
 from minivllm.config import NO_MEANING_HERE, EngineConfig
 from minivllm.engine_process import EngineFacts, Packed
-from minivllm.inputs import NOT_SUPPORTED, InputProcessor, Prompt, checked_model
+from minivllm.inputs import NOT_SUPPORTED, CheckedRequest, InputProcessor, Prompt, checked_model
 from minivllm.loading import find_model
 from minivllm.metrics import Metric
 from minivllm.output_stream import OutputStream
@@ -114,10 +114,7 @@ class AsyncLLM:
         check_importable("logits_processors", params.logits_processors or ())
         final = params.output_kind == RequestOutputKind.FINAL_ONLY
         kind = RequestOutputKind.FINAL_ONLY if final else RequestOutputKind.DELTA
-        if isinstance(prompt, (list, tuple)):  # need not wait for others' texts
-            token_ids, sent, text = self.inputs.check(prompt, params, kind)
-        else:
-            token_ids, sent, text = await self.with_tokenizer(self.inputs.check, prompt, params, kind)
+        token_ids, sent, text = await self.check(prompt, params, kind)
         request_id = uuid.uuid4().hex if request_id is None else request_id
         if request_id in self._streams:
             raise ValueError(f"request_id {request_id!r} is in use; choose another")
@@ -170,6 +167,13 @@ class AsyncLLM:
     async def check_integrity(self) -> None:
         """Raise RuntimeError if a request, slot or KV block has been lost.  Meant for tests."""
         await self._call("check_integrity")
+
+    async def check(self, prompt: Prompt, params: SamplingParams, output_kind: RequestOutputKind) -> CheckedRequest:
+        """A prompt and its params as the engine takes them.  Raises ValueError for a prompt that is none."""
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else prompt
+        if isinstance(tokens, (list, tuple)):  # need not wait for others' texts
+            return self.inputs.check(prompt, params, output_kind)
+        return await self.with_tokenizer(self.inputs.check, prompt, params, output_kind)
 
     async def with_tokenizer(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What the function returns, run where the tokenizer is used by one at a time, and long texts hold up nobody

@@ -26,10 +26,10 @@ TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal":
 
 def load_template(template: str | Path | None) -> str | None:
     """A chat template given as text or as the path of a file.  Raises ValueError for what is no template."""
-    import jinja2
-
     if template is None:
         return None
+    import jinja2
+
     if isinstance(template, Path) or (isinstance(template, str) and "{" not in template):
         try:
             template = Path(template).read_text(encoding="utf-8")

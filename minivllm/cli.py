@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from minivllm import __version__
-from minivllm.argument_types import at_least, discard_output, json_object, json_texts, print_any_text
-from minivllm.child_process import WorkerError
+from minivllm.argument_types import at_least, json_object, json_texts
+from minivllm.command import exit_status, print_any_text
 from minivllm.config import EngineConfig
 from minivllm.vllm_flags import ENGINE_FLAGS, SERVER_FLAGS, add_hidden, check_server_flags, option_strings, with_dashes
 
@@ -30,20 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return bench.main(arguments[1:], prog="minivllm bench")
     args = _parser().parse_args(arguments)
-    try:
+
+    def run() -> None:
         args.model = _the_model(args.model, args.model_option)
         args.run(args)
-        print(end="", flush=True)  # a reader that has gone shows here, not after the end
-    except BrokenPipeError:
-        discard_output()
-        return 141  # what a shell makes of SIGPIPE
-    except (ValueError, OSError, ImportError, MemoryError, WorkerError) as error:
-        print(f"minivllm: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("minivllm: interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status("minivllm", run)
 
 
 def _line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:

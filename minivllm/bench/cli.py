@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minivllm.argument_types import at_least, discard_output, output_file, picture_file, print_any_text
+from minivllm.argument_types import at_least, output_file, picture_file
 from minivllm.bench.result_file import write_json
 from minivllm.bench.workload import NANO, SHAPES, Workload, write_config
-from minivllm.child_process import WorkerError
+from minivllm.command import exit_status, print_any_text
 from minivllm.config import EngineConfig
 from minivllm.sampling_params import SamplingParams
 
@@ -39,11 +39,11 @@ def main(argv: Sequence[str], prog: str = "bench.py") -> int:
     first = argv[0] if argv else ""
     command, rest = (first, argv[1:]) if first in COMMANDS else ("throughput", argv)
     named = prog if rest is argv else f"{prog} {command}"
-    status = 0
-    try:
+
+    def run() -> int | None:
         if first not in COMMANDS and (prog != "bench.py" or (first and not first.startswith("-"))):
-            status = _explain_commands(first, prog)
-        elif command == "kernels":
+            return _explain_commands(first, prog)
+        if command == "kernels":
             _bench_kernels(parse_kernels(rest, named))
         elif command == "serve":
             _bench_serve(rest, named)
@@ -51,17 +51,9 @@ def main(argv: Sequence[str], prog: str = "bench.py") -> int:
             _bench_latency(parse_latency(rest, named))
         else:
             _bench_throughput(parse_throughput(rest, named))
-        print(end="", flush=True)  # a reader that has gone shows here, not after the end
-    except BrokenPipeError:
-        discard_output()
-        return 141  # what a shell makes of SIGPIPE
-    except (ValueError, OSError, MemoryError, WorkerError) as error:
-        print(f"{named}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{named}: interrupted", file=sys.stderr)
-        return 130
-    return status
+        return None
+
+    return exit_status(named, run)
 
 
 def _explain_commands(first: str, prog: str) -> int:

@@ -7,7 +7,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -113,9 +113,6 @@ class Service:
             )
         self.num_open += num_outputs
         num_asked = body.asked_tokens() or 0
-        if params.truncate_prompt_tokens == -1:
-            rest = self.llm.facts.max_model_len - max(1, num_asked)
-            params = replace(params, truncate_prompt_tokens=max(1, rest))
         adding = [
             asyncio.ensure_future(self._add(prompt, params, num_asked, f"{request_id}-{i}", param))
             for i, prompt in enumerate(prompts)
@@ -143,23 +140,18 @@ class Service:
     ) -> OutputStream:
         """Queue one request.  A 400 if the tokens that its body asks for do not fit behind the prompt, where LLM would
         cut the answer: clients of OpenAI's API then shorten the conversation."""
-        if isinstance(prompt, str):
-            check = self.llm.inputs.check
-            token_ids, _, _ = await self.llm.with_tokenizer(check, prompt, params, params.output_kind)
-            prompt = {"prompt": prompt, "prompt_token_ids": token_ids}
-        num_prompt = len(prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt)
-        num_prompt = min(num_prompt, params.truncate_prompt_tokens or num_prompt)
+        token_ids, _, text = await self.llm.check(prompt, params, params.output_kind)
         limit = self.llm.facts.max_model_len
-        if num_prompt + max(1, num_asked) > limit:
+        if len(token_ids) + max(1, num_asked) > limit:
             raise ApiError(
                 400,
                 f"This model's maximum context length is {limit} tokens. However, you requested "
-                f"{num_asked or 'at least 1'} output tokens and your prompt contains {num_prompt} tokens. Shorten the "
-                "prompt, lower max_tokens, or start the server with a larger max_model_len.",
+                f"{num_asked or 'at least 1'} output tokens and your prompt contains {len(token_ids)} tokens. "
+                "Shorten the prompt, lower max_tokens, or start the server with a larger max_model_len.",
                 param,
                 "context_length_exceeded",
             )
-        return await self.llm.add_request(prompt, params, request_id)
+        return await self.llm.add_request({"prompt": text, "prompt_token_ids": token_ids}, params, request_id)
 
 
 class Running:
