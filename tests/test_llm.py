@@ -833,11 +833,15 @@ def test_ctrl_c_aborts_and_the_engine_stays_usable(either_llm, monkeypatch, step
 
 def test_ctrl_c_while_requests_are_queued(either_llm, monkeypatch):
     llm, expected = either_llm
-    add = llm.engine.scheduler.add
+    add, added = llm.engine.scheduler.add, []
+
+    def add_and_interrupt(request):
+        added.append(add(request))
+        if len(added) == 2:
+            interrupt()
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            llm.engine.scheduler, "add", lambda request: (add(request), request.request_id[-1] in "24" and interrupt())
-        )
+        patch.setattr(llm.engine.scheduler, "add", add_and_interrupt)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
     assert not llm.engine.scheduler.requests and not llm.engine.request_ids
