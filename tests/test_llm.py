@@ -835,13 +835,13 @@ def test_ctrl_c_while_requests_are_queued(either_llm, monkeypatch):
     llm, expected = either_llm
     add, added = llm.engine.scheduler.add, []
 
-    def add_and_interrupt(request):
-        added.append(add(request))
-        if len(added) == 2:
+    def interrupt_and_add(request):  # where it is half known
+        if len(added) == 1:
             interrupt()
+        added.append(add(request))
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.scheduler, "add", add_and_interrupt)
+        patch.setattr(llm.engine.scheduler, "add", interrupt_and_add)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)
     assert not llm.engine.scheduler.requests and not llm.engine.request_ids
