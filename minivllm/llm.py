@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ from minivllm.inputs import (
     is_one_prompt,
 )
 from minivllm.loading import find_model
+from minivllm.loading.weights import has_own_head
 from minivllm.metrics import Metric, collect
 from minivllm.model_config import ModelConfig, override
 from minivllm.models import model_class
@@ -88,6 +91,14 @@ class LLM:
         self.model = files.name
         hf_config = override(files.config, hf_overrides or {})
         model_config = ModelConfig.from_hf(hf_config, {**files.generation_config, **defaults})
+        is_asked_for = "tie_word_embeddings" in (hf_overrides or {})
+        if model_config.tie_word_embeddings and not is_asked_for and has_own_head(files.weights):
+            warnings.warn(
+                "the checkpoint's lm_head.weight is used, as it differs from the embeddings, although config.json says "
+                "tie_word_embeddings; hf_overrides={'tie_word_embeddings': True} leaves it out, as vLLM does",
+                stacklevel=2,
+            )
+            model_config = replace(model_config, tie_word_embeddings=False)
         # Refuses what is not supported before anything is loaded.
         self.model_config = model_class(model_config.architecture, trust_remote_code).adapt(model_config)
         self.model_config.share(config.tensor_parallel_size)  # refuses what cannot be cut so

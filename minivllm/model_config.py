@@ -17,10 +17,14 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 # What a config.json leaves out because it is the default of its architecture.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": dict(use_sliding_window=False, max_window_layers=28),
-    "Qwen3ForCausalLM": dict(use_sliding_window=False, max_window_layers=28, head_dim=128),
-    "Phi3ForCausalLM": dict(rms_norm_eps=1e-5),
+    "MistralForCausalLM": dict(sliding_window=4096, max_position_embeddings=131072),
+    "Qwen2ForCausalLM": dict(
+        use_sliding_window=False, max_window_layers=28, sliding_window=4096, max_position_embeddings=32768
+    ),
+    "Qwen3ForCausalLM": dict(
+        use_sliding_window=False, max_window_layers=28, sliding_window=4096, max_position_embeddings=32768, head_dim=128
+    ),
+    "Phi3ForCausalLM": dict(rms_norm_eps=1e-5, max_position_embeddings=4096),
     "Gemma2ForCausalLM": dict(
         tie_word_embeddings=True, head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256,
         sliding_window=4096, sliding_window_pattern=2, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
@@ -36,7 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # Fields that mean nothing but to the architectures whose defaults name them.
 OWN_FIELDS = {
     "hidden_activation", "query_pre_attn_scalar", "sliding_window_pattern", "rope_local_base_freq",
-    "attn_logit_softcapping", "final_logit_softcapping",
+    "attn_logit_softcapping", "final_logit_softcapping", "use_sliding_window", "max_window_layers",
 }  # fmt: skip
 
 # Types of RoPE: the fields each must have, and those it may have.
@@ -180,11 +184,12 @@ class ModelConfig:
 
     @property
     def default_max_model_len(self) -> int:
-        """Where the user gives none: all positions, but of longrope those of the first training.  Its factors for more
-        serve all texts once longer ones may come, short ones less well (vLLM's default too)."""
+        """Where the user gives none: all positions, but of longrope and dynamic those of the first training.  Their
+        frequencies for more serve all texts once longer ones may come, short ones less well (vLLM has the same default
+        for longrope)."""
         if self.rope.type == "longrope" and self.rope.original_max_position_embeddings:
             return min(self.rope.original_max_position_embeddings, self.max_position_embeddings)
-        return self.max_position_embeddings
+        return self.rope.max_position_embeddings if self.rope.type == "dynamic" else self.max_position_embeddings
 
     @property
     def kv_elements_per_token(self) -> int:

@@ -418,6 +418,8 @@ YARN = dict(rope_type="yarn", factor=4.0)
         (dict(rope_type="default"), 64, None),
         (dict(rope_type="linear", factor=3.0), 3 * 64, None),
         (dict(rope_type="dynamic", factor=2.5), 160, 160),
+        (dict(rope_type="dynamic", factor=2.5), 100, 100),
+        (dict(rope_type="dynamic", factor=2.5), 50, 50),
         (dict(YARN), 4 * 64, None),
         (dict(YARN, original_max_position_embeddings=32, beta_fast=2.0, beta_slow=0.1), 4 * 32, None),
         (dict(YARN, original_max_position_embeddings=32, truncate=False, attention_factor=0.7), 4 * 32, None),
@@ -444,8 +446,9 @@ def test_rope_tables(rope, num_positions, hf_length, written_by):
     else:
         hf = shape | dict(rope_theta=100.0, rope_scaling=rope)
     config = ModelConfig.from_hf(hf)
-    longest = 64 if rope["rope_type"] == "longrope" else num_positions
+    longest = {"longrope": 64, "dynamic": 160}.get(rope["rope_type"], num_positions)
     assert config.max_position_embeddings == longest
+    assert config.default_max_model_len == {"longrope": 16, "dynamic": 64}.get(rope["rope_type"], longest)
     table = rope_table(config.rope, 8, num_positions, torch.device("cpu"))
     config_class = Phi3Config if rope["rope_type"] == "longrope" else LlamaConfig
     reference = config_class(**shape, pad_token_id=0, rope_parameters=rope | dict(rope_theta=100.0))
@@ -1045,6 +1048,26 @@ def test_what_is_said_twice_or_left_out():
     assert ModelConfig.from_hf(SHAPE | dict(architectures=["Phi3ForCausalLM"])).rms_norm_eps == 1e-5
     assert ModelConfig.from_hf(SHAPE | dict(architectures=["Qwen3ForCausalLM"])).head_dim == 128
     assert ModelConfig.from_hf(llama | dict(model_type="yi")).architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("switch", [{}, dict(use_sliding_window=True), dict(use_sliding_window=False)], ids=str)
+@pytest.mark.parametrize("window", [{}, dict(sliding_window=None), dict(sliding_window=7)], ids=str)
+@pytest.mark.parametrize("upper", [{}, dict(max_window_layers=2)], ids=str)
+def test_windows_are_those_of_transformers(model_type, switch, window, upper):
+    """And the number of positions, which is left out too."""
+    from transformers import AutoConfig
+
+    shape = dict(vocab_size=9, hidden_size=64, intermediate_size=9, num_hidden_layers=30, num_attention_heads=2)
+    given = dict(shape, model_type=model_type) | switch | window | upper
+    other = AutoConfig.for_model(**given, pad_token_id=0)
+    config = ModelConfig.from_hf(
+        dict(given, architectures=[model_type.removesuffix("_text").capitalize() + "ForCausalLM"])
+    )
+    types = getattr(other, "layer_types", None) or ["sliding_attention"] * 30
+    windows = [other.sliding_window if kind == "sliding_attention" else None for kind in types]
+    assert [config.window(layer) for layer in range(30)] == windows
+    assert config.max_position_embeddings == other.max_position_embeddings
 
 
 def test_fields_of_other_architectures():

@@ -3,11 +3,14 @@
 import itertools
 import json
 import random
+import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, TINY_VOCAB
+from safetensors.torch import load_file, save_file
 
 from minivllm import LLM, SamplingParams
 from minivllm.model_config import ModelConfig
@@ -135,6 +138,49 @@ def tokenizer(embedded):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(embedded)
+
+
+def save(folder, config, **tensors):
+    """Change a checkpoint's config.json, and add tensors."""
+    path = Path(folder)
+    config = json.loads((path / "config.json").read_text()) | config
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(load_file(path / "model.safetensors") | tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def greedy_tokens(folder, **options):
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with LLM(folder, skip_tokenizer_init=True, device="cpu", kv_cache_memory_bytes=1 << 22, **options) as llm:
+        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+def test_a_head_beside_tied_embeddings(tiny, greedy, tmp_path):
+    """It is used if it is another, as in transformers 5, and says so."""
+    embedding = load_file(Path(tiny("gqa-tied")) / "model.safetensors")["model.embed_tokens.weight"]
+    same, own, untied = (shutil.copytree(tiny("gqa-tied"), tmp_path / name) for name in ("same", "own", "untied"))
+    save(same, {}, **{"lm_head.weight": embedding.clone()})
+    for folder in (own, untied):
+        save(folder, dict(tie_word_embeddings=folder == own), **{"lm_head.weight": embedding.flip(0).contiguous()})
+    tied, other = greedy(tiny("gqa-tied"), PROMPTS, NUM_TOKENS), greedy(str(untied), PROMPTS, NUM_TOKENS)
+    assert tied != other
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert greedy_tokens(str(same)) == tied
+        assert greedy_tokens(str(own), hf_overrides={"tie_word_embeddings": True}) == tied
+        assert greedy_tokens(str(untied)) == other
+    with pytest.warns(UserWarning, match="lm_head.weight is used, as it differs from the embeddings"):
+        assert greedy_tokens(str(own)) == other
+
+
+def test_dynamic_rope_within_the_context_of_the_training(tiny, greedy, tmp_path):
+    """Which is all that there is, unless max_model_len says more."""
+    folder = save(
+        shutil.copytree(tiny("mha"), tmp_path / "dynamic"), dict(rope_parameters=dict(rope_type="dynamic", factor=4.0))
+    )
+    expected = greedy(folder, PROMPTS, NUM_TOKENS)
+    assert greedy_tokens(folder) == greedy_tokens(folder, max_model_len=256) == expected
+    assert greedy_tokens(folder, max_model_len=1024) != expected
 
 
 def test_embedded_model(embedded, tokenizer, greedy, hugging_face):

@@ -1,6 +1,6 @@
 """The table of rotary position embeddings, for every position, computed once in float32.
 
-Types whose frequencies hang on the length of the sequence (dynamic, longrope) are fixed for the longest, as in vLLM.
+Types whose frequencies hang on the length of the sequence (dynamic, longrope) are fixed for the longest there may be.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def _linear(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[torch.
 
 
 def _dynamic(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[torch.Tensor, float]:
-    """A larger theta (NTK-aware scaling), as at the longest sequence there may be."""
+    """A larger theta (NTK-aware scaling), as at the longest sequence there may be; as it is, if all sequences fit the
+    context of the training."""
     assert rope.factor is not None
-    stretch = rope.factor * rope.num_positions / rope.max_position_embeddings - (rope.factor - 1)
+    stretch = rope.factor * max(1.0, num_positions / rope.max_position_embeddings) - (rope.factor - 1)
     return _base(rope.theta * stretch ** (head_dim / (head_dim - 2)), head_dim), 1.0
 
 

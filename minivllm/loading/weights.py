@@ -53,6 +53,12 @@ class _Files(ABC):
             for name, _, read in self._entries(path):
                 yield name, read()
 
+    def read(self, wanted: str) -> torch.Tensor | None:
+        """One tensor, or None if there is no such."""
+        if wanted not in self._shapes:
+            return None
+        return next(read() for path in self._files for name, _, read in self._entries(path) if name == wanted)
+
 
 class SafetensorsSource(_Files):
     """A folder's model.safetensors, the shards of its index, or whatever other *.safetensors files it has.
@@ -84,6 +90,16 @@ class PickleSource(_Files):
     def _entries(self, path: Path) -> Entries:
         for name, tensor in _unpickle(path).items():
             yield name, tuple(tensor.shape), lambda tensor=tensor: tensor  # type: ignore[misc]
+
+
+def has_own_head(source: WeightSource | None) -> bool:
+    """Whether a checkpoint has an LM head that is another than its embedding."""
+    if not isinstance(source, _Files):
+        return False
+    head, embedding = source.read("lm_head.weight"), source.read("model.embed_tokens.weight")
+    if head is None or embedding is None or head.shape != embedding.shape:
+        return False  # loading says what is wrong with it
+    return not torch.equal(head, embedding.to(head.dtype))
 
 
 @torch.no_grad()
