@@ -359,6 +359,16 @@ def test_sample(vocab_size):
     assert ref[0] == 3 and torch.equal(last, ref_last) and last[6] == -1
 
 
+@pytest.mark.parametrize("vocab_size", [157, 4096, 5000])
+def test_sample_of_a_row_of_nan(vocab_size):
+    """Any token, but of the vocabulary: another one would be the next step's input."""
+    logits = torch.full((3, vocab_size), float("nan"), device=DEVICE)
+    logits[2, :4096:2] = float("-inf")
+    temperature, last = torch.tensor([0.0, 0.7, 1.0], device=DEVICE), int32([-1] * 3)
+    tokens = kernels.sample(logits, temperature, int32([1, 2, 3]).long(), int32([0, 5, 9]), last, int32([0, 1, 2]))
+    assert ((tokens >= 0) & (tokens < vocab_size)).all() and torch.equal(tokens, last)
+
+
 @pytest.mark.parametrize("vocab_size", [50, 10000])
 def test_truncate(vocab_size):
     """What the torch backend keeps, by each option and by all, with ties, −inf and an untouched row."""

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_VOCAB
+from safetensors.torch import load_file, save_file
 
 import minivllm
 from minivllm import LLM, RequestOutputKind, SamplingParams
@@ -647,6 +648,18 @@ def test_deltas_of_a_sentencepiece_tokenizer(prompt_has_bytes):
         assert before + "".join(deltas) == after
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 40])
+def test_a_long_run_of_byte_tokens(size):
+    """While its last character is torn, all of it looks so."""
+    tokenizer = sentencepiece_like()
+    draw = random.Random(0)
+    for _ in range(200):
+        text = "".join(draw.choice("😀你éß") for _ in range(draw.randint(1, 30)))
+        token_ids = [10 + byte for byte in text.encode()] + [4] * draw.randint(0, 9)
+        deltas = detokenize(tokenizer, [1, 3], token_ids, lambda: size)
+        assert "".join(deltas) == tokenizer.decode([3, *token_ids]).removeprefix("hello")
+
+
 @pytest.mark.parametrize("prompt", [[1, 3], [1]], ids=["context", "no context"])
 @pytest.mark.parametrize("token", [2, 10 + 0xFF], ids=["skipped", "no character"])
 def test_tokens_that_never_become_text_are_not_decoded_again_and_again(token, prompt):
@@ -684,6 +697,21 @@ def test_a_character_at_the_end_of_many_tokens_at_once_is_waited_for():
 
 
 # ---- when something goes wrong midway
+
+
+def test_a_request_of_nan_leaves_others_alone(tiny, tmp_path):
+    """Beside them, and in the blocks that they get after it."""
+    folder = shutil.copytree(tiny("mha"), tmp_path / "nan")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][9] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    good, bad = [1, 2, 3, 4, 5], [7, 8, 9, 10] * 15
+    short, long = (SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 20))
+    with make(str(folder), enable_prefix_caching=False) as llm:
+        (expected,) = tokens_of(llm.generate([good], long, use_tqdm=False))
+        assert 9 not in expected
+        assert tokens_of(llm.generate([bad, good], [short, long], use_tqdm=False))[1] == expected
+        assert tokens_of(llm.generate([good], long, use_tqdm=False)) == [expected]
 
 
 class Faulty:

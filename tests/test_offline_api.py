@@ -419,8 +419,9 @@ def test_generation_config_overrides(tiny):
         )
         longer = SamplingParams(temperature=0, max_tokens=6, min_tokens=6, ignore_eos=True)
         assert end not in llm.generate([5, 6], longer)[0].outputs[0].token_ids, "as in vLLM"
-        with pytest.raises(ValueError, match="min_tokens leaves none of the allowed_token_ids"):
-            llm.generate([5], SamplingParams(min_tokens=2, allowed_token_ids=[end]))
+        for more in ({}, dict(allowed_token_ids=[end, 7], logit_bias={7: float("-inf")})):
+            with pytest.raises(ValueError, match="min_tokens, bad_words and logit_bias leave none of the allowed"):
+                llm.generate([5], SamplingParams(**dict(min_tokens=2, allowed_token_ids=[end]) | more))
     for override, message in (
         (dict(temprature=0.0), "did you mean 'temperature'"),
         (dict(temperature="hot"), "temperature must be"),

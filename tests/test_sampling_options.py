@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_VOCAB
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -336,7 +338,7 @@ def test_bad_words(tiny, hugging_face, asynchronous):
             dict(bad_words=["w5", "w6"], allowed_token_ids=[5, 55]),
             dict(bad_words=["w5"], logit_bias={7: -math.inf}, allowed_token_ids=[5, 7]),
         ):
-            with pytest.raises(ValueError, match="bad_words and logit_bias leave none of the allowed_token_ids"):
+            with pytest.raises(ValueError, match="min_tokens, bad_words and logit_bias leave none of the allowed"):
                 llm.generate(PROMPTS[0], SamplingParams(**none_left), use_tqdm=False)
         far = SamplingParams(temperature=0, max_tokens=9, bad_words=[f"w{TINY_VOCAB}", "w9"], detokenize=False)
         assert llm.engine._bad_word_ids(far) == [[9], [59]] and llm.generate(PROMPTS[0], far, use_tqdm=False)
@@ -390,6 +392,25 @@ def test_logprobs(engine, tiny, hugging_face):
             else:
                 assert output.prompt_logprobs[0] is None and output.num_cached_tokens == 0
                 check_logprobs(output.prompt_logprobs[1:], logits[: len(prompt) - 1], prompt[1:], asked.prompt_logprobs)
+
+
+def test_ranks_of_equally_likely_tokens(tiny, tmp_path):
+    """Among the most likely ones each has its own, and one has the first."""
+    folder = shutil.copytree(tiny("mha"), tmp_path / "ties")
+    weights = load_file(folder / "model.safetensors")
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=4)
+    with make(str(folder)) as llm:
+        (best,) = llm.generate(PROMPTS[0], params, use_tqdm=False)[0].outputs[0].token_ids
+    weights["lm_head.weight"][[3, 50, 90]] = weights["lm_head.weight"][best].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with make(str(folder)) as llm:
+        output = llm.generate([*PROMPTS[0], best], params, use_tqdm=False)[0].outputs[0]
+        prompt = [*PROMPTS[0], 90]
+        (asked,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=4), use_tqdm=False)
+    assert sorted(found.rank for found in output.logprobs[0].values()) == [1, 2, 3, 4]
+    last = asked.prompt_logprobs[-1]
+    assert next(iter(last)) == 90 and {3, 50, 90} < last.keys()
+    assert sorted(found.rank for found in last.values()) == [1, 2, 3, 4]
 
 
 def test_all_logprobs(tiny, hugging_face):

@@ -83,8 +83,9 @@ class TorchBackend(Backend):
         swapped = torch.cat([x[..., head_dim // 2 :], x[..., : head_dim // 2]], -1)
         rotated = torch.addcmul(x * cosines, swapped, signed_sines)
         k, v = rotated[plan.stored, num_heads:], heads[plan.stored, num_heads + kv_heads :]
-        _store(k_cache, plan.slots, k)
-        _store(v_cache, plan.slots, v.nan_to_num())  # attention multiplies what it masks by 0, so it must be finite
+        # Attention adds −inf to the scores of what it masks and multiplies it by 0: both must be finite.
+        _store(k_cache, plan.slots, k.nan_to_num(0.0, 0.0, 0.0))
+        _store(v_cache, plan.slots, v.nan_to_num())
         return rotated[:, :num_heads].to(qkv.dtype)
 
     def attention(

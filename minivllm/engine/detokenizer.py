@@ -13,7 +13,7 @@ from minivllm.sampling_params import SamplingParams
 
 NUM_CONTEXT_TOKENS = 5  # of context, or new at once: what was context before is then no longer decoded
 MAX_PENDING_TOKENS = 32  # without any text: nothing will come of them
-HOPELESS = "\ufffd" * 16  # no character has so many bytes that it could still be one
+HOPELESS = "\ufffd" * 16  # no character has so many bytes that they all could still be one
 
 
 def decoder(
@@ -65,8 +65,9 @@ class Detokenizer:
         if text.endswith("\ufffd") and not finished:
             if not text.endswith(HOPELESS):
                 return ""
-            end -= 3  # which may be the beginning of a character still
-            text = self._decode(self._token_ids[:end])
+            # At most three tokens are the beginning of a character; where bytes are tokens, all before look torn too.
+            texts = [(end - torn, self._decode(self._token_ids[: end - torn])) for torn in (1, 2, 3)]
+            end, text = next((pair for pair in texts if not pair[1].endswith("\ufffd")), texts[-1])
         if len(text) <= len(self._context):
             return ""
         new = text[len(self._context) :].removeprefix(self._torn)

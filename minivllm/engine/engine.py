@@ -120,16 +120,15 @@ class Engine:
                     f"prompt_logprob_token_ids has {num_rows} rows; the prompt has {num_places} tokens after its "
                     f"first one, of which prompt_logprob_start ({params.prompt_logprob_start or 0}) are left out"
                 )
-        allowed = params.allowed_token_ids
-        if params.min_tokens and allowed and self.scheduler.eos_token_ids.union(params.stop_token_ids) >= set(allowed):
-            raise ValueError("min_tokens leaves none of the allowed_token_ids to sample, as they all end the output")
         for name in ("stop", "bad_words"):
             if getattr(params, name) and self.tokenizer is None:
                 raise ValueError(f"{name} needs a tokenizer; leave skip_tokenizer_init=True out")
         excluded = {token_id for token_id, bias in (params.logit_bias or {}).items() if bias == float("-inf")}
         excluded |= {word_ids[0] for word_ids in self._bad_word_ids(params) if len(word_ids) == 1}
-        if allowed and excluded >= set(allowed):
-            raise ValueError("bad_words and logit_bias leave none of the allowed_token_ids to sample")
+        if params.min_tokens:
+            excluded |= self.scheduler.eos_token_ids.union(params.stop_token_ids)  # which would end the output
+        if params.allowed_token_ids and excluded.issuperset(params.allowed_token_ids):
+            raise ValueError("min_tokens, bad_words and logit_bias leave none of the allowed_token_ids to sample")
         if self.config.tensor_parallel_size > 1:
             check_importable("logits_processors", params.logits_processors or ())
         self.scheduler.check_fits(self._max_num_tokens(prompt_token_ids, params))

@@ -183,7 +183,8 @@ class OutputProcessor:
         token_id = request.token_ids[place]
         found = {token_id: Logprob(entry.logprob, entry.rank, self._text(token_id, request, place))}
         for rank, (other, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
-            found.setdefault(other, Logprob(logprob, rank if are_top else None, self._text(other, request, place)))
+            if are_top or other not in found:  # by itself a token ranks behind its equals; here it has its place
+                found[other] = Logprob(logprob, rank if are_top else None, self._text(other, request, place))
         return found
 
     def _text(self, token_id: int, request: Request, place: int) -> str | None:

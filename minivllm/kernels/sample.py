@@ -77,9 +77,10 @@ def _sample_split_kernel(
     temp = tl.load(temperature + row)
     value = tl.load(logits + row.to(tl.int64) * stride + ids, ids < vocab_size, float("-inf")).to(tl.float32)
     top = tl.max(value, 0)
+    is_top = (value == top) & (ids < vocab_size)  # nowhere, if all are NaN
     place = row * SPLITS + split
     tl.store(split_top + place, top)
-    tl.store(split_id + place, tl.min(tl.where(value == top, ids, NO_TOKEN), 0))  # of equals, the lowest
+    tl.store(split_id + place, tl.min(tl.where(is_top, ids, NO_TOKEN), 0))  # of equals, the lowest
     if temp > 0:
         tl.store(split_mass + place, tl.sum(tl.where(ids < vocab_size, _weights(value, top, temp), 0.0), 0))
 
@@ -141,7 +142,7 @@ def _sample_pick_kernel(
         score = tl.where(value == split_best, 0.0, (value - split_best) / temp)
         score += _gumbel(seed, position, inside + first_id)
         score = tl.where(inside < vocab_size, score, float("-inf"))
-        drawn = tl.min(tl.where(score == tl.max(score, 0), inside, NO_TOKEN), 0)
+        drawn = tl.min(tl.where((score == tl.max(score, 0)) & (inside < vocab_size), inside, NO_TOKEN), 0)
         token = tl.where(drawn == NO_TOKEN, token, drawn)
     if RANKS > 1:
         token = tl.where(token == NO_TOKEN, NO_TOKEN, token + first_id)
