@@ -23,16 +23,19 @@ import queue
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from minivllm.metrics import Metric, collect
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.sampling_params import SamplingParams
 
 Packed = tuple[str, bool, int, list[tuple[Any, ...]], tuple[Any, ...], tuple[Any, Any]]
 CHECK_SECONDS = 1.0  # between looks at the workers of an engine without requests
 METRICS_SECONDS = 0.5  # between figures at most, while steps have no outputs
+NUM_COMPILERS = 4  # grammars at once
 CALLS = ("reset_prefix_cache", "check_integrity")
 
 
@@ -81,6 +84,9 @@ class EngineLoop:
         self._connection = connection
         self.commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._preparing: dict[str, bool] = {}  # requests whose grammars are compiled: whether they were aborted since
+        self._lock = threading.Lock()  # of that
+        self._compilers = ThreadPoolExecutor(NUM_COMPILERS, "compiler")
         self._reported = 0.0
         self._sender = threading.Thread(target=self._send, daemon=True)
         threading.Thread(target=self._receive, daemon=True).start()
@@ -139,7 +145,9 @@ class EngineLoop:
             while True:
                 word, *arguments = self._connection.recv()
                 if word == "add":
-                    self._prepare(*arguments)
+                    self._receive_request(*arguments)
+                elif word == "abort":
+                    self._receive_abort(*arguments)
                 else:
                     self.commands.put((word, *arguments))
         except (EOFError, OSError):
@@ -154,15 +162,40 @@ class EngineLoop:
                 self._engine.executor.shutdown()
             os._exit(1)
 
-    def _prepare(self, request_id: str, token_ids: list[int], pickled_params: bytes, prompt: str | None) -> None:
-        """What may take long for a new request, while steps go on: whatever its parameters import, and its grammar."""
+    def _receive_request(
+        self, request_id: str, token_ids: list[int], pickled_params: bytes, prompt: str | None
+    ) -> None:
+        """Steps go on while its parameters import what they name; if it has a grammar to be compiled, which may take
+        long, other requests go by."""
         try:
             params = pickle.loads(pickled_params)
-            self._engine.start_grammar(params.structured_outputs)
         except Exception as error:
             self._refuse(request_id, error)
-        else:
+            return
+        if params.structured_outputs is None:
             self.commands.put(("add", request_id, token_ids, params, prompt))
+        else:
+            self._preparing[request_id] = False
+            self._compilers.submit(self._compile, request_id, token_ids, params, prompt)
+
+    def _compile(self, request_id: str, token_ids: list[int], params: SamplingParams, prompt: str | None) -> None:
+        """Let the request follow once its grammar is there, and its abort after it."""
+        try:
+            self._engine.start_grammar(params.structured_outputs)
+        except Exception as error:
+            del self._preparing[request_id]
+            self._refuse(request_id, error)
+            return
+        with self._lock:
+            self.commands.put(("add", request_id, token_ids, params, prompt))
+            if self._preparing.pop(request_id):
+                self.commands.put(("abort", [request_id]))
+
+    def _receive_abort(self, request_ids: list[str]) -> None:
+        with self._lock:
+            early = self._preparing.keys() & set(request_ids)
+            self._preparing.update(dict.fromkeys(early, True))
+            self.commands.put(("abort", [one for one in request_ids if one not in early]))
 
     def _refuse(self, request_id: str, error: Exception) -> None:
         """Whatever functions, a tokenizer or a grammar come to: the others go on."""

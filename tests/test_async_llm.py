@@ -233,12 +233,20 @@ def test_no_step_waits_for_a_grammar_to_be_compiled(embedded, tmp_path, monkeypa
     monkeypatch.setattr("minivllm.async_llm.start_process", lambda module, *rest: start_process("slow_engine", *rest))
     asked = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
     wrong = SamplingParams(structured_outputs=StructuredOutputsParams(regex="["))
+    endless = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"), max_tokens=1000)
 
     async def run():
         with AsyncLLM(embedded, device="cpu", kv_cache_memory_bytes=1 << 26) as llm:
             steady = await llm.add_request([1, 2, 3], LONG)
             answer = asyncio.ensure_future(last(llm.generate([1], asked)))
             refused = asyncio.ensure_future(last(llm.generate([1], wrong)))
+            given_up = asyncio.ensure_future(last(llm.generate([1], endless)))
+            ended = asyncio.ensure_future(last(llm.generate([1], endless, request_id="ended")))
+            await asyncio.sleep(0.3)
+            given_up.cancel()
+            await llm.abort(["ended"])
+            assert (await last(llm.generate([1], SamplingParams(max_tokens=2)))).finished
+            assert not (answer.done() or refused.done() or ended.done()), "other requests go by"
             async for output in steady:
                 num_tokens = len(output.outputs[0].token_ids)
                 if answer.done():
@@ -247,6 +255,7 @@ def test_no_step_waits_for_a_grammar_to_be_compiled(embedded, tmp_path, monkeypa
             assert (await answer).outputs[0].text in ("yes", "no") and num_tokens > 10
             with pytest.raises(ValueError, match="structured_outputs"):
                 await refused
+            assert (await ended).outputs[0].finish_reason == "abort"
             await idle(llm)
 
     asyncio.run(asyncio.wait_for(run(), 60))

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,7 +311,10 @@ class WordTokenizer:
 
     eos_token_id = None
 
-    def encode(self, text, add_special_tokens):
+    def __call__(self, texts, add_special_tokens):
+        return SimpleNamespace(input_ids=[self.encode(text) for text in texts])
+
+    def encode(self, text):
         words = text.split(" ")
         spaced = bool(words) and words[0] == ""
         ids = [int(word[1:]) for word in words if word]

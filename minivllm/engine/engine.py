@@ -7,6 +7,7 @@ own), so that on a GPU the next step is already queued while the tokens of the l
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, KeysView
@@ -76,6 +77,7 @@ class Engine:
         self._progressed: list[Request] = []  # got a token or ended, and are still to be reported
         self._outputs = OutputProcessor(tokenizer)
         self._grammars: GrammarCompiler | None = None  # made when the first request needs it
+        self._making_grammars = threading.Lock()
         self._num_requests = 0
 
     def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
@@ -228,9 +230,10 @@ class Engine:
             return None
         if self.tokenizer is None:
             raise ValueError("structured_outputs needs a tokenizer; leave skip_tokenizer_init=True out")
-        if self._grammars is None:
-            eos_token_ids = self.scheduler.eos_token_ids
-            self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, eos_token_ids)
+        with self._making_grammars:
+            if self._grammars is None:
+                eos_token_ids = self.scheduler.eos_token_ids
+                self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, eos_token_ids)
         return self._grammars.start(params)
 
     def reset_prefix_cache(self) -> bool:
@@ -249,10 +252,11 @@ class Engine:
         """The tokens of each bad word, as a text's beginning and, where it differs, after a space."""
         found: list[list[int]] = []
         assert isinstance(params.bad_words, list)
-        for word in params.bad_words:
-            plain, spaced = (
-                self.tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False) for prefix in ("", " ")
-            )
+        if not params.bad_words:
+            return found
+        words = [word.lstrip() for word in params.bad_words]
+        ids = self.tokenizer(words + [" " + word for word in words], add_special_tokens=False).input_ids
+        for word, plain, spaced in zip(params.bad_words, ids, ids[len(words) :], strict=False):
             if not plain or not spaced:
                 raise ValueError(f"bad_words: {word!r} has no text to rule out")
             found.append(plain)

@@ -26,7 +26,7 @@ COMPILER_STACK = 512 << 20  # bytes of address space: llguidance goes into neste
 SECONDS_ALONE = 2e-3  # on a step's masks.  Most take microseconds, less than it takes to wake threads
 
 Result = TypeVar("Result")
-_compiling = threading.Lock()
+_starting = threading.Lock()
 
 # Of JSON schemas: keywords that hold schemas by name, and those that hold values.
 MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
@@ -163,13 +163,14 @@ class GrammarCompiler:
 
 def _on_large_stack(function: Callable[[], Result]) -> Result:
     """What `function` returns, run on a thread with a stack of its own."""
-    with _compiling:  # what follows holds for all threads that are started meanwhile
-        previous = threading.stack_size(COMPILER_STACK)
-        try:
-            with ThreadPoolExecutor(1) as pool:
-                return pool.submit(function).result()
-        finally:
-            threading.stack_size(previous)
+    with ThreadPoolExecutor(1) as pool:
+        with _starting:  # what follows holds for all threads that are started meanwhile
+            previous = threading.stack_size(COMPILER_STACK)
+            try:
+                future = pool.submit(function)  # which starts the thread
+            finally:
+                threading.stack_size(previous)
+        return future.result()
 
 
 def _source(params: StructuredOutputsParams, special_tokens: Collection[str]) -> str:

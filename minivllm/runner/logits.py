@@ -58,7 +58,7 @@ def process_logits(
         kept = logits[index]
         logits[to_device(np.array([i for i, _ in allowed]), logits.device)] = NEVER
         logits[index] = kept
-    if any(slots.bad_word_ids[slot] for slot in rows):
+    if any(slots.bad_words[slot] is not None for slot in rows):
         _exclude_bad_words(logits, slots, rows, seq_lens, history)
     masked = set(batch.token_masks.places)  # a grammar may allow nothing but the end
     short = np.flatnonzero(_num_outputs(slots, rows, seq_lens) < slots.min_tokens[rows]).tolist()
@@ -117,22 +117,21 @@ def _exclude_bad_words(
 ) -> None:
     """Rule out the last token of a bad word where the output ends with the tokens before it."""
     assert history is not None
-    num_outputs = _num_outputs(slots, rows, seq_lens)
-    words = [(i, word) for i, slot in enumerate(rows.tolist()) for word in slots.bad_word_ids[slot]]
-    words = [(i, word) for i, word in words if len(word) - 1 <= num_outputs[i]]
-    if not words:
-        return
-    longest = max(len(word) - 1 for _, word in words)
-    before = np.full((len(words), longest), -1, np.int64)  # the tokens before the last, at the right; −1: any
-    for k, (_, word) in enumerate(words):
-        before[k, longest - len(word) + 1 :] = word[:-1]
-    owners = np.array([i for i, _ in words])
+    words = [(i, own) for i, slot in enumerate(rows) if (own := slots.bad_words[slot]) is not None]
+    owners = np.repeat([i for i, _ in words], [len(own.last) for _, own in words])
+    last = np.concatenate([own.last for _, own in words])
+    longest = max(own.before.shape[1] for _, own in words)
+    before = np.concatenate(
+        [np.pad(own.before, ((0, 0), (longest - own.before.shape[1], 0)), constant_values=-1) for _, own in words]
+    )
+    possible = (before >= 0).sum(1) <= _num_outputs(slots, rows, seq_lens)[owners]
+    owners, last, before = owners[possible], last[possible], before[possible]
     places = np.maximum(seq_lens[owners, None] - longest + np.arange(longest), 0)
     device = logits.device
     found = history[to_device(rows[owners].astype(np.int64), device)[:, None], to_device(places, device)]
     expected = to_device(before, device)
     matches = ((found == expected) | (expected < 0)).all(1)
-    index = _pairs([(i, word[-1:]) for i, word in words], device)
+    index = to_device(owners, device), to_device(last, device)
     logits.index_put_(index, torch.where(matches, NEVER, 0.0), accumulate=True)  # a token may end several words
 
 

@@ -6,10 +6,30 @@ changed.  The last slot belongs to no request: padded rows point to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from minivllm.engine.batch import ScheduledBatch
 from minivllm.sampling_params import LogitsProcessor
+
+
+@dataclass(frozen=True)
+class BadWords:
+    """Words that a request must not sample."""
+
+    before: (
+        np.ndarray
+    )  # [words, longest − 1] int64: the tokens of each but its last, at the right; −1 where there is none
+    last: np.ndarray  # [words] int64
+
+    @classmethod
+    def of(cls, words: Sequence[Sequence[int]]) -> BadWords:
+        """From the token ids of each."""
+        longest = max(map(len, words))
+        padded = np.array([[-1] * (longest - len(word)) + list(word) for word in words], np.int64)
+        return cls(padded[:, :-1], padded[:, -1])
 
 
 class Slots:
@@ -33,7 +53,7 @@ class Slots:
         self.frequency_penalty = np.zeros(n, np.float32)
         self.repetition_penalty = np.ones(n, np.float32)
         self.penalizes = np.zeros(n, bool)
-        self.bad_word_ids: list[list[list[int]]] = [[]] * n
+        self.bad_words: list[BadWords | None] = [None] * n
         self.allowed_token_ids: list[list[int] | None] = [None] * n
         self.logit_bias: list[dict[int, float] | None] = [None] * n
         self.logits_processors: list[list[LogitsProcessor]] = [[]] * n
@@ -62,7 +82,7 @@ class Slots:
                 params.frequency_penalty,
             )
             self.repetition_penalty[slot], self.penalizes[slot] = params.repetition_penalty, params.penalizes
-            self.bad_word_ids[slot] = request.bad_word_ids
+            self.bad_words[slot] = BadWords.of(request.bad_word_ids) if request.bad_word_ids else None
             self.allowed_token_ids[slot], self.logit_bias[slot] = params.allowed_token_ids, params.logit_bias
             self.logits_processors[slot] = params.logits_processors or []
             self.remembers[slot] = params.penalizes or bool(request.bad_word_ids)
