@@ -13,10 +13,12 @@ import os
 import pickle
 import socket
 import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +27,7 @@ from minivllm.config import NO_MEANING_HERE, EngineConfig
 from minivllm.engine_process import EngineFacts, Packed
 from minivllm.inputs import NOT_SUPPORTED, CheckedRequest, InputProcessor, Prompt, checked_model
 from minivllm.loading import find_model
-from minivllm.metrics import Metric
+from minivllm.metrics import Gauge, Metric
 from minivllm.output_stream import OutputStream
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -267,8 +269,14 @@ class AsyncLLM:
             pass
         except Exception as error:
             self._error = f"what it says cannot be read: {error!r}"
-        if self._error is None:
-            self._error = "it was shut down" if self._is_shut_down else "its process is gone"
+        if self._error is None and self._is_shut_down:
+            self._error = "it was shut down"
+        elif self._error is None:
+            self._error = "its process is gone"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._error += f" (status {self._process.wait(1.0)})"
+            print(f"minivllm: the engine has failed: {self._error}", file=sys.stderr)
+        self._metrics = [replace(one, value=0) if isinstance(one, Gauge) else one for one in self._metrics]
         for stream in list(self._streams.values()):
             _post(stream.loop, stream.fail)
         for loop, future in list(self._calls.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NotRequired, Required, TypedDict
 
@@ -33,6 +34,10 @@ RECOMMENDED = {name: name for name in ("temperature", "top_k", "top_p", "min_p",
     "max_new_tokens": "max_tokens"
 }
 CheckedRequest = tuple[list[int], SamplingParams, str | None]  # token ids, params, text if known
+
+
+class TooLongError(ValueError):
+    """A text that is longer than max_model_len, whatever its tokens."""
 
 
 class InputProcessor:
@@ -92,6 +97,7 @@ class InputProcessor:
             chat_template_content_format=chat_template_content_format,
         )
         check_text("messages", text)
+        self._check_length(text)
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the special tokens
         return {"prompt": text, "prompt_token_ids": ids}
 
@@ -122,6 +128,7 @@ class InputProcessor:
             check_text("a prompt", prompt)
             tokenizer = self.get_tokenizer()
             if most is None:
+                self._check_length(prompt)
                 return prompt, tokenizer(prompt).input_ids
             num_special = tokenizer.num_special_tokens_to_add()
             if most < num_special:
@@ -130,6 +137,19 @@ class InputProcessor:
         if not isinstance(prompt, (list, tuple)) or not all(type(token) is int for token in prompt):
             raise ValueError(f"a prompt must be text, token ids (ints) or a dict with one of them, got {prompt!r:.80}")
         return text, list(prompt[-most:] if most else prompt)
+
+    def _check_length(self, text: str) -> None:
+        """Raise TooLongError for a text that needs not be tokenized, which may take long, to be known as too long."""
+        if len(text) > self.max_model_len and len(text) > (most := self.max_model_len * self._longest_token):
+            raise TooLongError(
+                f"the prompt has {len(text):,} characters, and max_model_len ({self.max_model_len}) tokens {most:,} at "
+                "most; shorten the prompt or raise max_model_len"
+            )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In characters; of byte-level tokenizers, in bytes, which are no fewer."""
+        return max(map(len, self.get_tokenizer().get_vocab()))
 
 
 # Of vLLM's methods: arguments for what there is not.

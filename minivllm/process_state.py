@@ -1,4 +1,5 @@
-"""What a call changes of its process for as long as it runs: the garbage collector, and what Ctrl-C does."""
+"""What a call changes of its process: for as long as it runs the garbage collector, and what Ctrl-C does; the limit of
+open files."""
 
 from __future__ import annotations
 
@@ -46,3 +47,18 @@ def deferred_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
     if received:
         previous(signal.SIGINT, received[0])
+
+
+def allow_open_files(num_connections: int) -> None:
+    """Let this process have so many connections, as far as it may: each is an open file, of which the usual limit is
+    1,024."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + 256
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -17,7 +17,7 @@ import pytest
 from conftest import RunningServer
 
 from minivllm import LLM, SamplingParams
-from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minivllm.server import app
 from minivllm.server.chat_protocol import ChatBody, TokenizeBody
 from minivllm.server.protocol import ApiError, CompletionBody
@@ -438,6 +438,13 @@ def test_more_tokens_than_there_is_room_for(server):
             f"This model's maximum context length is 2048 tokens. However, you requested {wanted} output tokens and "
             f"your prompt contains {given} tokens"
         )
+    for path, body in (
+        ("completions", dict(prompt="a" * 1_000_000)),
+        ("chat/completions", dict(messages=[dict(role="user", content="a" * 1_000_000)])),
+    ):
+        status, answer, _ = request(server, "/v1/" + path, body)
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+        assert " characters, and max_model_len (2048) tokens " in answer["error"]["message"]
     usage = complete(server, **room, max_tokens=20, truncate_prompt_tokens=-1)["usage"]
     assert usage["prompt_tokens"] == 2028 and usage["completion_tokens"] == 20
     server.wait_until_idle()
@@ -594,6 +601,53 @@ async def iter_bytes(count):
         yield b" " * 100
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_echo_of_a_character_that_several_tokens_make_up(server, max_tokens):
+    choice = complete(server, prompt="\U0001f600 a", max_tokens=max_tokens, echo=True, logprobs=0)["choices"][0]
+    found = choice["logprobs"]
+    assert "".join(found["tokens"]) == choice["text"] and found["tokens"][0] == "" and choice["text"][0] == "\U0001f600"
+    assert found["text_offset"] == [sum(map(len, found["tokens"][:i])) for i in range(len(found["tokens"]))]
+
+
+def test_most_likely_tokens_with_the_same_text():
+    """The sampled one's logprob is its own, of others it is the most likely one's."""
+    from minivllm.server.completions import Completion
+
+    body = CompletionBody(prompt=[1], logprobs=5)
+    work = Completion(SimpleNamespace(llm=FakeLLM(), check_model=lambda name: "m"), body)
+    entry = {7: Logprob(-3.0, 9, ""), 1: Logprob(-0.5, 1, "b"), 2: Logprob(-1.0, 2, ""), 3: Logprob(-2.0, 3, "b")}
+    found = work._logprobs([(7, entry)], 0, "")
+    assert found["token_logprobs"] == [-3.0] and found["top_logprobs"] == [{"": -3.0, "b": -0.5}]
+
+
+class FakeLLM:
+    inputs = SimpleNamespace(default_options=dict)
+
+
+def test_token_ids(server, offline):
+    text, params = "The capital of France is", SamplingParams(temperature=0, max_tokens=6)
+    output = offline.generate(text, params, use_tqdm=False)[0]
+    ids, wanted = output.prompt_token_ids, output.outputs[0].token_ids
+    body = dict(prompt=text, max_tokens=6, temperature=0, return_token_ids=True)
+    choice = complete(server, **body)["choices"][0]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == (ids, wanted)
+    assert complete(server, **body | dict(max_tokens=0, echo=True))["choices"][0]["token_ids"] == []
+    assert "token_ids" not in complete(server, **body | dict(return_token_ids=False))["choices"][0]
+    parts = [part["choices"][0] for part in stream(server, "/v1/completions", body)]
+    assert parts[0]["prompt_token_ids"] == ids and all(part["prompt_token_ids"] is None for part in parts[1:])
+    assert sum((part["token_ids"] for part in parts), []) == wanted
+
+    expected = offline.chat(CHAT, params, use_tqdm=False)[0]
+    body = dict(max_tokens=6, temperature=0, return_token_ids=True, messages=CHAT)
+    answer = chat(server, **body, n=1)
+    assert answer["prompt_token_ids"] == expected.prompt_token_ids
+    assert answer["choices"][0]["token_ids"] == expected.outputs[0].token_ids
+    parts = stream(server, "/v1/chat/completions", body)
+    assert [part["prompt_token_ids"] for part in parts if "prompt_token_ids" in part] == [expected.prompt_token_ids]
+    found = [part["choices"][0].get("token_ids", []) for part in parts]
+    assert sum(found, []) == expected.outputs[0].token_ids
+
+
 def test_echo_of_token_ids_that_are_cut(server, offline):
     ids = offline.get_tokenizer()("The capital of France is").input_ids
     body = dict(prompt=ids, max_tokens=1, echo=True, truncate_prompt_tokens=2, logprobs=0, temperature=0)
@@ -650,7 +704,7 @@ def test_time_per_token_of_several_outputs_is_that_of_one():
     assert 'vllm:request_generation_tokens_sum{model_name="m"} 20.0' in text
 
 
-def test_an_engine_that_dies_ends_streams(tiny):
+def test_an_engine_that_dies_ends_streams(tiny, capfd):
     server = RunningServer(tiny("mha"), skip_tokenizer_init=True, max_num_seqs=2, block_size=16)
     try:
 
@@ -666,6 +720,10 @@ def test_an_engine_that_dies_ends_streams(tiny):
 
         text = asyncio.run(run())
         assert "engine has failed" in text.split("data: ")[-2] and text.endswith("data: [DONE]\n\n")
+        assert "minivllm: the engine has failed: its process is gone (status -9)" in capfd.readouterr().err
+        figures = request(server, "/metrics")[1]
+        assert 'vllm:num_requests_running{model_name="smol"} 0.0' in figures, figures
+        assert 'vllm:prompt_tokens_total{model_name="smol"} 2.0' in figures
     finally:
         server.close()
 
@@ -753,13 +811,24 @@ def test_requests_that_outlast_the_grace_period_hear_of_it(tiny):
             body = dict(prompt=[1, 2, 3], max_tokens=7900, ignore_eos=True)
             stream = asyncio.ensure_future(session.post(url + "/v1/completions", json=body | dict(stream=True)))
             answer = asyncio.ensure_future(session.post(url + "/v1/completions", json=body))
+            halves = []
+            for path in ("/v1/completions", "/tokenize"):
+                reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+                head = (
+                    f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+                )
+                writer.write(head.encode() + b"{")
+                halves.append((reader, writer))
             await asyncio.sleep(0.3)
             process.send_signal(signal.SIGTERM)
             async with await answer as response, await stream as streamed:
-                return response.status, await response.json(), (await streamed.read()).decode()
+                found = response.status, await response.json(), (await streamed.read()).decode()
+            return *found, [(await reader.read()).decode() for reader, _ in halves]
 
-    status, answer, streamed = asyncio.run(run())
+    status, answer, streamed, halves = asyncio.run(run())
     assert status == 503 and "shutting down" in answer["error"]["message"]
+    for half in halves:
+        assert half.startswith("HTTP/1.1 503") and "the server is shutting down" in half
     assert "shutting down" in streamed.split("data: ")[-2] and streamed.endswith("data: [DONE]\n\n")
     assert process.wait(10) == 0 and "Traceback" not in process.stderr.read()
     process.stderr.close()

@@ -22,6 +22,7 @@ from minivllm.bench import serve_workload as workload
 from minivllm.bench.result_file import write_json
 from minivllm.bench.serve_metrics import RequestRecord, compute_figures, format_table
 from minivllm.bench.serve_options import ENDPOINTS, add_arguments, check, settings
+from minivllm.process_state import allow_open_files
 
 __all__ = ["add_arguments", "run"]
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         OSError: the server cannot be reached, or a file cannot be read or written.
     """
     check(args)
-    _allow_open_files(min(args.num_prompts, args.max_concurrency or args.num_prompts))
+    allow_open_files(min(args.num_prompts, args.max_concurrency or args.num_prompts))
     chat = args.backend == "openai-chat"
     samples, spare = _draw_samples(args, chat)
     model, begin, records, arrivals = asyncio.run(_send(args, chat, samples, spare))
@@ -141,20 +142,6 @@ def _base_url(args: argparse.Namespace) -> str:
         return str(args.base_url.rstrip("/"))
     host = f"[{args.host}]" if ":" in args.host else args.host
     return f"http://{host}:{args.port}"
-
-
-def _allow_open_files(num_connections: int) -> None:
-    """A connection is an open file, and the usual limit of 1,024 is soon met."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = num_connections + 256
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _title(args: argparse.Namespace, model: str, num_requests: int) -> str:

@@ -10,7 +10,7 @@ import json
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import minivllm
 from minivllm.async_llm import AsyncLLM, EngineDeadError
+from minivllm.process_state import allow_open_files
 from minivllm.server.chat import ChatCompletion
 from minivllm.server.chat_protocol import ChatBody, TokenizeBody
 from minivllm.server.completions import Completion
@@ -50,10 +51,10 @@ def make_app(llm: AsyncLLM, options: ServerOptions) -> ASGIApp:
     routes = [
         Route("/v1/models", endpoints.models),
         Route("/v1/models/{name:path}", endpoints.model),
-        Route("/v1/completions", endpoints.generate(CompletionBody, Completion), methods=["POST"]),
-        Route("/v1/chat/completions", endpoints.generate(ChatBody, ChatCompletion), methods=["POST"]),
-        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
-        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        _post("/v1/completions", endpoints.generate(CompletionBody, Completion)),
+        _post("/v1/chat/completions", endpoints.generate(ChatBody, ChatCompletion)),
+        _post("/tokenize", endpoints.tokenize),
+        _post("/detokenize", endpoints.detokenize),
         Route("/health", endpoints.health),
         Route("/ping", endpoints.health, methods=["GET", "POST"]),  # SageMaker's name
         Route("/version", endpoints.version),
@@ -69,13 +70,31 @@ def make_app(llm: AsyncLLM, options: ServerOptions) -> ASGIApp:
         )
     if options.api_keys:
         middleware.append(Middleware(_RequireKey, keys=options.api_keys))
-    handlers: dict[Any, Any] = {
-        ApiError: lambda _, error: error.response(),
-        EngineDeadError: lambda _, error: ApiError(500, str(error)).response(),
-        HTTPException: lambda _, error: ApiError(error.status_code, error.detail, headers=error.headers).response(),
-        Exception: lambda _, error: ApiError(500, "something went wrong in the server").response(),
-    }
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    errors = dict.fromkeys((ApiError, EngineDeadError, HTTPException, Exception), _error_response)
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=errors)
+
+
+async def _error_response(_: Request, error: Exception) -> Response:
+    """What a request hears of an error; async, as others are run in a thread, which a cancelled task cannot have."""
+    if isinstance(error, HTTPException):
+        error = ApiError(error.status_code, error.detail, headers=error.headers)
+    elif isinstance(error, EngineDeadError):
+        error = ApiError(500, str(error))
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, "something went wrong in the server")
+    return error.response()
+
+
+def _post(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+    """A route whose requests, if they outlast the grace period, hear why they end."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except asyncio.CancelledError:
+            raise shutting_down() from None
+
+    return Route(path, answer, methods=["POST"])
 
 
 class _RequireKey:
@@ -106,16 +125,13 @@ class _Endpoints:
         async def endpoint(request: Request) -> Response:
             body = await self._body(request, body_class)
             work = kind(self._service, body)
+            await work.start()
+            if body.stream:  # type: ignore[attr-defined]
+                return EventStream(work)
             try:
-                await work.start()
-                if body.stream:  # type: ignore[attr-defined]
-                    return EventStream(work)
-                try:
-                    answer = await until_disconnect(request.receive, work.answer())
-                finally:
-                    await work.close()
-            except asyncio.CancelledError:
-                raise shutting_down() from None
+                answer = await until_disconnect(request.receive, work.answer())
+            finally:
+                await work.close()
             return Response(status_code=499) if answer is None else JSONResponse(answer)
 
         return endpoint
@@ -239,6 +255,7 @@ def serve(
             host, port = listener.getsockname()[:2]
             raise OSError(f"cannot serve on {host} port {port}: {error.strerror}; use another --port") from None
         options = make_options(llm)
+        allow_open_files(llm.facts.max_num_seqs + options.max_queued_requests)
         config = uvicorn.Config(
             make_app(llm, options),
             log_level="warning" if not access_log else "info",

@@ -22,12 +22,8 @@ class Choice:
     parser: ToolParser | None  # of calls in the text, where the model may make some
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)  # or pieces of the one that there must be
-    logprobs: list[dict[str, Any]] = field(default_factory=list)  # not handed out yet
-
-    def take_logprobs(self) -> list[dict[str, Any]]:
-        """Those of the tokens since the last time."""
-        taken, self.logprobs = self.logprobs, []
-        return taken
+    token_ids: list[int] = field(default_factory=list)  # not handed out yet, and their logprobs
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
 
 class ChatCompletion(Work):
@@ -57,10 +53,10 @@ class ChatCompletion(Work):
         self._running = await self._service.start([prompt], self._params, self._body, self._id, "messages")
 
     async def answer(self) -> dict[str, Any]:
-        usage, choices, prompt_logprobs = Usage(), [], None
+        usage, choices, prompt_logprobs, prompt_token_ids = Usage(), [], None, None
         async for _, output in self._outputs():
             usage.see(output, is_first=True)
-            prompt_logprobs = output.prompt_logprobs
+            prompt_logprobs, prompt_token_ids = output.prompt_logprobs, output.prompt_token_ids
             for completion in output.outputs:
                 choice = self._choice(completion.index)
                 content, calls = self._see(choice, completion)
@@ -71,14 +67,16 @@ class ChatCompletion(Work):
                     {
                         "index": completion.index,
                         "message": message,
-                        "logprobs": {"content": choice.take_logprobs()} if self._body.logprobs else None,
                         "finish_reason": self._finish_reason(choice, completion),
                         "stop_reason": completion.stop_reason,
                     }
+                    | self._take_tokens(choice)
                 )
         answer = self._envelope("chat.completion", choices) | {"usage": usage.json()}
         if self._body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs)
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = prompt_token_ids
         return answer
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -98,28 +96,29 @@ class ChatCompletion(Work):
         try:
             async for _, output in outputs:
                 usage.see(output, is_first)
+                of_prompt = {}
+                if is_first and self._body.return_token_ids:
+                    of_prompt = {"prompt_token_ids": output.prompt_token_ids}
                 is_first = False
                 for completion in output.outputs:
                     index = completion.index
                     if index not in self._choices:
-                        yield chunk(index, {"role": "assistant", "content": ""})
+                        yield chunk(index, {"role": "assistant", "content": ""}) | of_prompt
+                        of_prompt = {}
                     choice = self._choice(index)
                     num_calls = len(choice.calls)
                     content, calls = self._see(choice, completion)
                     reason = self._finish_reason(choice, completion)
                     if not content and not calls and reason is None:
                         continue
-                    logprobs = {"content": choice.take_logprobs()} if self._body.logprobs else None
                     if content:
-                        yield chunk(index, {"content": content}, logprobs=logprobs)
-                        logprobs = None
+                        yield chunk(index, {"content": content}, **self._take_tokens(choice))
                     if calls:
                         deltas = [self._call_delta(num_calls + k, call) for k, call in enumerate(calls)]
-                        yield chunk(index, {"tool_calls": deltas}, logprobs=logprobs)
-                        logprobs = None
+                        yield chunk(index, {"tool_calls": deltas}, **self._take_tokens(choice))
                     if reason is not None:
                         end = dict(finish_reason=reason, stop_reason=completion.stop_reason)
-                        yield chunk(index, {}, logprobs=logprobs, **end)
+                        yield chunk(index, {}, **self._take_tokens(choice), **end)
             if with_usage:
                 yield self._envelope("chat.completion.chunk", []) | {"usage": usage.json()}
         finally:
@@ -150,6 +149,7 @@ class ChatCompletion(Work):
     def _see(self, choice: Choice, completion: CompletionOutput) -> tuple[str, list[ToolCall]]:
         """Take in what is new; returns what of it is content that can be shown, and the calls completed by it, or the
         next piece of the one call that there must be."""
+        choice.token_ids += completion.token_ids
         for token_id, entry in zip(completion.token_ids, completion.logprobs or (), strict=False):
             choice.logprobs.append(self._logprobs(token_id, entry))
         ended = completion.finish_reason is not None
@@ -173,6 +173,13 @@ class ChatCompletion(Work):
             content = "" if calls else choice.content
         choice.calls += calls
         return content, calls
+
+    def _take_tokens(self, choice: Choice) -> dict[str, Any]:
+        """What the body wants to know of the tokens since the last time; null if there are none."""
+        token_ids, choice.token_ids = choice.token_ids, []
+        logprobs, choice.logprobs = choice.logprobs, []
+        taken: dict[str, Any] = {"logprobs": {"content": logprobs} if self._body.logprobs and logprobs else None}
+        return taken | ({"token_ids": token_ids} if self._body.return_token_ids else {})
 
     def _required_calls(self, text: str) -> list[ToolCall]:
         """The calls that tool_choice made the model write; none if it was cut short."""

@@ -98,7 +98,9 @@ class Completion(Work):
         known."""
         if self._body.echo and i not in self._first_texts:
             decode, ids = self._llm.get_tokenizer().decode, output.prompt_token_ids
-            self._first_texts[i] = await self._llm.with_tokenizer(decode, ids[:1])
+            first = await self._llm.with_tokenizer(decode, ids[:1])
+            # The text of a character that several tokens make up is its last one's.
+            self._first_texts[i] = "" if first.endswith("\ufffd") else first
             self._texts[i] = str(output.prompt or await self._llm.with_tokenizer(decode, ids))
 
     def _choice(self, i: int, output: RequestOutput, completion: CompletionOutput, is_first: bool) -> dict[str, Any]:
@@ -120,13 +122,17 @@ class Completion(Work):
         if self._body.logprobs is not None:
             logprobs = self._logprobs(entries, offset, self._first_texts.get(i, ""))
             self._offsets[index] = offset + sum(map(len, logprobs["tokens"]))
-        return {
+        choice = {
             "index": index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": completion.finish_reason if not self._drops_output else "length",
             "stop_reason": completion.stop_reason,
         }
+        if self._body.return_token_ids:
+            choice["token_ids"] = [] if self._drops_output else completion.token_ids
+            choice["prompt_token_ids"] = output.prompt_token_ids if is_first else None
+        return choice
 
     def _logprobs(
         self, entries: Sequence[tuple[int, dict[int, Logprob] | None]], offset: int, first_text: str
@@ -145,8 +151,11 @@ class Completion(Work):
             else:
                 text = entry[token_id].decoded_token or ""
                 token_logprobs.append(finite(entry[token_id].logprob))
-                top = [one for one in entry.values() if one.rank is not None and one.rank <= most]
-                top_logprobs.append({one.decoded_token or "": finite(one.logprob) for one in [entry[token_id], *top]})
+                top: dict[str, float] = {}  # of tokens with the same text, the token itself or the most likely
+                for one in [entry[token_id], *entry.values()]:
+                    if one is entry[token_id] or (one.rank is not None and one.rank <= most):
+                        top.setdefault(one.decoded_token or "", finite(one.logprob))
+                top_logprobs.append(top)
             tokens.append(text)
             offsets.append(offset)
             offset += len(text)

@@ -39,8 +39,7 @@ NOT_SUPPORTED: NotSupported = {
     "modalities": ((["text"],), "answers are text"),
     "parallel_tool_calls": ((True,), "/v1/chat/completions has it"),
     "priority": ((0,), "requests are served in the order they come"),
-    "return_token_ids": ((False,), "/tokenize has those of a text"),
-    "return_tokens_as_token_ids": ((False,), "/tokenize has those of a text"),
+    "return_tokens_as_token_ids": ((False,), "use return_token_ids"),
     "service_tier": (("auto", "default"), "there is one"),
     "store": ((False,), "answers are not kept"),
     "top_logprobs": ((0,), "use logprobs"),
@@ -72,6 +71,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
     continuous_usage_stats: bool = False
 
 
@@ -164,6 +164,7 @@ class SamplingBody(Body):
     structured_outputs: StructuredOutputs | None = None
     repetition_detection: RepetitionDetection | None = None
     stream_interval: int | None = None
+    return_token_ids: bool = False
     request_id: str | None = Field(None, min_length=1, max_length=200)
 
     @model_validator(mode="after")

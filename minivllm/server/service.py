@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from minivllm.async_llm import AsyncLLM
-from minivllm.inputs import Prompt
+from minivllm.inputs import Prompt, TooLongError
 from minivllm.output_stream import OutputStream
 from minivllm.outputs import Logprob, RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -95,6 +95,8 @@ class Service:
         )
         try:
             return await self.llm.with_tokenizer(render)
+        except TooLongError as error:
+            raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from None
 
@@ -106,7 +108,10 @@ class Service:
         most = self.llm.facts.max_num_seqs + self.options.max_queued_requests
         num_outputs = len(prompts) * params.n
         if num_outputs > most:
-            raise ApiError(400, f"n: {num_outputs} outputs are more than the server ever takes at once ({most})", "n")
+            raise ApiError(
+                400, f"{num_outputs} outputs are more than the server ever takes at once ({most})",
+                "n" if params.n > 1 else param,
+            )  # fmt: skip
         if self.num_open + num_outputs > most:
             raise ApiError(
                 429, "too many requests are waiting; come back later", code="queue_full", headers={"Retry-After": "1"}
@@ -140,7 +145,10 @@ class Service:
     ) -> OutputStream:
         """Queue one request.  A 400 if the tokens that its body asks for do not fit behind the prompt, where LLM would
         cut the answer: clients of OpenAI's API then shorten the conversation."""
-        token_ids, _, text = await self.llm.check(prompt, params, params.output_kind)
+        try:
+            token_ids, _, text = await self.llm.check(prompt, params, params.output_kind)
+        except TooLongError as error:
+            raise ApiError(400, str(error), param, "context_length_exceeded") from None
         limit = self.llm.facts.max_model_len
         if len(token_ids) + max(1, num_asked) > limit:
             raise ApiError(
