@@ -80,8 +80,8 @@ class Engine:
         self._making_grammars = threading.Lock()
         self._num_requests = 0
 
-    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        """Raise ValueError if a request with this prompt cannot be run."""
+    def check_request(self, prompt_token_ids: list[int], params: SamplingParams) -> list[list[int]]:
+        """Raise ValueError if a request with this prompt cannot be run.  Returns the tokens of its bad words."""
         limit, vocab_size = self.config.max_model_len, self.model_config.vocab_size
         assert limit is not None
         if not prompt_token_ids:
@@ -126,7 +126,8 @@ class Engine:
             if getattr(params, name) and self.tokenizer is None:
                 raise ValueError(f"{name} needs a tokenizer; leave skip_tokenizer_init=True out")
         excluded = {token_id for token_id, bias in (params.logit_bias or {}).items() if bias == float("-inf")}
-        excluded |= {word_ids[0] for word_ids in self._bad_word_ids(params) if len(word_ids) == 1}
+        bad_word_ids = self._bad_word_ids(params)
+        excluded |= {word_ids[0] for word_ids in bad_word_ids if len(word_ids) == 1}
         if params.min_tokens:
             excluded |= self.scheduler.eos_token_ids.union(params.stop_token_ids)  # which would end the output
         if params.allowed_token_ids and excluded.issuperset(params.allowed_token_ids):
@@ -135,16 +136,16 @@ class Engine:
             check_importable("logits_processors", params.logits_processors or ())
         self.scheduler.check_fits(self._max_num_tokens(prompt_token_ids, params))
         self.start_grammar(params.structured_outputs)
+        return bad_word_ids
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, prompt: str | None = None
     ) -> None:
         """Queue a request.  Raises ValueError, and changes nothing, if it cannot be run."""
-        self.check_request(prompt_token_ids, params)
+        bad_word_ids = self.check_request(prompt_token_ids, params)
         own_ids = [request_id] if params.n == 1 else [f"{index}_{request_id}" for index in range(params.n)]
         if request_id in self._outputs.groups or not self.scheduler.requests.keys().isdisjoint(own_ids):
             raise ValueError(f"request_id {request_id!r} is in use; choose another")
-        bad_word_ids = self._bad_word_ids(params)
         requests = []
         for index, own_id in enumerate(own_ids):
             self._num_requests += 1
