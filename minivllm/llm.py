@@ -10,6 +10,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,8 @@ class LLM:
         self.engine = Engine(self.config, self.model_config, self._executor, self.inputs.tokenizer)
         self._request_ids = itertools.count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request: the outputs its call has not taken yet
+        self._left: deque[str] = deque()  # requests that nobody waits for any more, to be aborted
+        self._is_changing = False  # the engine, by a call of the lock's owner
         self._is_shut_down = False
         self._lock = threading.RLock()  # of the engine, the inboxes and the tokenizer
 
@@ -316,14 +319,14 @@ class LLM:
             queue = list(zip(request_ids, requests, strict=True))
             if longest_first:
                 queue.sort(key=lambda entry: -(entry[1][1].max_tokens or sys.maxsize))
-            with deferred_interrupt(), self._lock:
+            with self._change():
                 self._check_is_there()
                 for request_id, (token_ids, params, text) in queue:
                     self._inboxes[request_id] = inbox
                     self.engine.add_request(request_id, token_ids, params, text)
             unfinished = set(request_ids)
             while unfinished:
-                with deferred_interrupt(), self._lock:
+                with self._change():
                     if not inbox:  # which another thread may have filled
                         if self.engine.request_ids.isdisjoint(unfinished):  # they were aborted
                             break
@@ -335,10 +338,34 @@ class LLM:
                     output.raise_failure()
                     yield output
         finally:
-            with self._lock:
-                for request_id in request_ids:
-                    self._inboxes.pop(request_id, None)
-                self.engine.abort_requests(request_ids)
+            self._left += request_ids
+            with deferred_interrupt(), self._lock:
+                if not self._is_changing:  # or the collector of garbage closes a stream in the middle of it
+                    with self._change():
+                        pass
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """A change of the engine, which none other comes into, not even Ctrl-C; at its end what was left is aborted.
+        Raises ValueError where a function of a request, which is called in a step, wants another."""
+        with deferred_interrupt(), self._lock:
+            if self._is_changing:
+                raise ValueError("an LLM cannot be called by the functions of its own requests; make another LLM")
+            self._is_changing = True
+            try:
+                try:
+                    yield
+                finally:
+                    self._abort_left()
+            finally:
+                self._is_changing = False
+
+    def _abort_left(self) -> None:
+        while self._left:
+            request_ids = [self._left.popleft() for _ in range(len(self._left))]
+            for request_id in request_ids:
+                self._inboxes.pop(request_id, None)
+            self.engine.abort_requests(request_ids)
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         """Put each output where its own call finds it."""

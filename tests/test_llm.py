@@ -699,6 +699,74 @@ def test_a_character_at_the_end_of_many_tokens_at_once_is_waited_for():
 # ---- when something goes wrong midway
 
 
+def test_a_stream_that_the_collector_closes_in_a_step(tiny, monkeypatch):
+    """Is aborted after it."""
+    with make(tiny("mha")) as llm:
+        manager = llm.engine.scheduler.block_manager
+        (expected,) = tokens_of(llm.generate(PROMPTS[0], GREEDY, use_tqdm=False))
+        grow, calls, owner = manager.grow, [], SimpleNamespace()
+        owner.itself, owner.stream = owner, llm.stream([[7, 8], [3] * 17], SamplingParams(max_tokens=60))
+        next(owner.stream)
+        gc.collect()
+
+        def collected(*arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                gc.collect()
+                assert llm._left
+            return grow(*arguments)
+
+        gc.disable()
+        try:
+            del owner
+            monkeypatch.setattr(manager, "grow", collected)
+            found = [token for output in llm.stream(PROMPTS[0], GREEDY) for token in output.outputs[0].token_ids]
+        finally:
+            gc.enable()
+        assert found == expected
+        assert len(calls) > 3 and not llm.engine.request_ids and not llm._inboxes
+        llm.engine.scheduler.check_integrity()
+
+
+def test_ctrl_c_while_a_stream_is_left(tiny, monkeypatch):
+    with make(tiny("mha")) as llm:
+        manager, calls = llm.engine.scheduler.block_manager, []
+        free = manager.free
+
+        def interrupted(request):
+            if not calls:
+                os.kill(os.getpid(), signal.SIGINT)
+            calls.append(request)
+            return free(request)
+
+        stream = llm.stream(PROMPTS, SamplingParams(max_tokens=60))
+        next(stream)
+        monkeypatch.setattr(manager, "free", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.close()
+        assert len(calls) == len(PROMPTS) and not llm.engine.request_ids and not llm._inboxes
+        llm.engine.scheduler.check_integrity()
+        assert len(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_llm_called_by_a_function_of_its_own_request(tiny, asynchronous):
+    """Is that request's mistake alone."""
+    with make(tiny("mha"), async_scheduling=asynchronous) as llm:
+        expected = tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False))[0]
+
+        def nested(token_ids, logits):
+            llm.generate([7, 8], GREEDY, use_tqdm=False)
+            return logits
+
+        other = llm.stream(PROMPTS[0], GREEDY)
+        found = list(next(other).outputs[0].token_ids)
+        with pytest.raises(ValueError, match="cannot be called by the functions of its own requests"):
+            llm.generate([1, 2], SamplingParams(max_tokens=3, logits_processors=[nested]), use_tqdm=False)
+        assert found + [token for output in other for token in output.outputs[0].token_ids] == expected
+        llm.engine.scheduler.check_integrity()
+
+
 def test_a_request_of_nan_leaves_others_alone(tiny, tmp_path):
     """Beside them, and in the blocks that they get after it."""
     folder = shutil.copytree(tiny("mha"), tmp_path / "nan")
