@@ -16,9 +16,11 @@ import subprocess
 import sys
 import threading
 import uuid
+import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,7 +87,8 @@ class AsyncLLM:
         self._call_ids = itertools.count()
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")  # tokenizers are not made for several threads
         self._sending = threading.Lock()
-        threading.Thread(target=self._receive, daemon=True).start()
+        threading.Thread(target=_receive, args=(weakref.ref(self), self._connection), daemon=True).start()
+        weakref.finalize(self, _close, self._connection).atexit = False  # it ends with its parent anyway
 
     def _load(self, model: Any, arguments: dict[str, Any]) -> EngineFacts:
         """Have the engine's process load the model; returns when it is ready."""
@@ -206,7 +209,7 @@ class AsyncLLM:
     def shutdown(self) -> None:
         """End the engine's process and free its memory.  Requests that run end with EngineDeadError."""
         self._is_shut_down = True
-        self._connection_shutdown()
+        _close(self._connection)
         try:
             self._process.wait(SHUTDOWN_SECONDS)
         except subprocess.TimeoutExpired:
@@ -219,12 +222,6 @@ class AsyncLLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
-
-    def _connection_shutdown(self) -> None:
-        """Let both sides' reads end."""
-        end = socket.socket(fileno=os.dup(self._connection.fileno()))
-        with end, contextlib.suppress(OSError):  # the other side may be gone already
-            end.shutdown(socket.SHUT_RDWR)
 
     async def _call(self, name: str) -> Any:
         if self.errored:
@@ -242,33 +239,30 @@ class AsyncLLM:
         except OSError:
             raise EngineDeadError(f"the engine has failed: {self._error or 'its process is gone'}") from None
 
-    def _receive(self) -> None:
-        """What a thread does: read messages and hand them to the event loops that wait for them."""
-        try:
-            while True:
-                word, *content = self._connection.recv()
-                if word == "outputs":
-                    outputs, self._metrics = content
-                    loops: dict[asyncio.AbstractEventLoop, list[Packed]] = {}
-                    for packed in outputs:
-                        if (stream := self._streams.get(packed[0])) is not None:
-                            loops.setdefault(stream.loop, []).append(packed)
-                    for loop, own in loops.items():
-                        if not _post(loop, self._deliver, own):
-                            self._forget([packed[0] for packed in own])
-                elif word == "added":
-                    if (stream := self._streams.get(content[0])) is not None:
-                        _post(stream.loop, self._accept, *content)
-                elif word == "result":
-                    call_id, value, error = content
-                    loop, future = self._calls.pop(call_id)
-                    _post(loop, _settle, future, value, None if error is None else RuntimeError(error))
-                elif word == "dead":
-                    self._error = str(content[0])
-        except (EOFError, OSError):
-            pass
-        except Exception as error:
-            self._error = f"what it says cannot be read: {error!r}"
+    def take(self, word: str, *content: Any) -> None:
+        """Hand a message of the engine's process to the event loop that waits for it."""
+        if word == "outputs":
+            outputs, self._metrics = content
+            loops: dict[asyncio.AbstractEventLoop, list[Packed]] = {}
+            for packed in outputs:
+                if (stream := self._streams.get(packed[0])) is not None:
+                    loops.setdefault(stream.loop, []).append(packed)
+            for loop, own in loops.items():
+                if not _post(loop, self._deliver, own):
+                    self._forget([packed[0] for packed in own])
+        elif word == "added":
+            if (stream := self._streams.get(content[0])) is not None:
+                _post(stream.loop, self._accept, *content)
+        elif word == "result":
+            call_id, value, error = content
+            loop, future = self._calls.pop(call_id)
+            _post(loop, _settle, future, value, None if error is None else RuntimeError(error))
+        elif word == "dead":
+            self._error = str(content[0])
+
+    def fail(self, reason: str | None) -> None:
+        """Nothing more comes of the engine's process; `reason`: why, if it is known."""
+        self._error = self._error or reason
         if self._error is None and self._is_shut_down:
             self._error = "it was shut down"
         elif self._error is None:
@@ -300,6 +294,31 @@ class AsyncLLM:
         stream = self._streams.get(request_id) if wrong is None else self._streams.pop(request_id, None)
         if stream is not None:
             _settle(stream.accepted, None, None if wrong is None else ValueError(wrong))
+
+
+def _receive(reference: weakref.ref[AsyncLLM], connection: Connection) -> None:
+    """What a thread does: read messages, for as long as there is somebody to take them."""
+    reason = None
+    try:
+        while True:
+            message = connection.recv()
+            if (llm := reference()) is None:
+                return
+            llm.take(*message)
+            del llm, message
+    except (EOFError, OSError):
+        pass
+    except Exception as error:
+        reason = f"what it says cannot be read: {error!r}"
+    if (llm := reference()) is not None:
+        llm.fail(reason)
+
+
+def _close(connection: Connection) -> None:
+    """Let both sides' reads end, and with them the engine's process."""
+    end = socket.socket(fileno=os.dup(connection.fileno()))
+    with end, contextlib.suppress(OSError):  # the other side may be gone already
+        end.shutdown(socket.SHUT_RDWR)
 
 
 def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:

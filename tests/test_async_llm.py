@@ -1,6 +1,7 @@
 """AsyncLLM: the outputs of LLM, many callers at once, and no one left waiting when something ends."""
 
 import asyncio
+import gc
 import os
 import pickle
 import signal
@@ -221,6 +222,15 @@ def test_outputs_that_cannot_be_sent_are_an_error_for_everybody(tiny, tmp_path, 
     monkeypatch.setattr("minivllm.async_llm.start_process", lambda module, *rest: start_process("mute_engine", *rest))
     with AsyncLLM(tiny("mha"), **OPTIONS) as llm, pytest.raises(EngineDeadError, match="its process is gone"):
         asyncio.run(asyncio.wait_for(last(llm.generate([1], LONG)), 20))
+
+
+def test_an_engine_that_nobody_has_any_more_ends(tiny):
+    llm = AsyncLLM(tiny("mha"), **OPTIONS)
+    asyncio.run(last(llm.generate([1, 2], SamplingParams(max_tokens=3))))
+    process = llm._process
+    del llm
+    gc.collect()
+    assert process.wait(10) == 0
 
 
 def test_no_step_waits_for_a_grammar_to_be_compiled(embedded, tmp_path, monkeypatch):
