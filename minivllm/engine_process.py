@@ -175,7 +175,8 @@ class EngineLoop:
         if params.structured_outputs is None:
             self.commands.put(("add", request_id, token_ids, params, prompt))
         else:
-            self._preparing[request_id] = False
+            with self._lock:
+                self._preparing[request_id] = False
             self._compilers.submit(self._compile, request_id, token_ids, params, prompt)
 
     def _compile(self, request_id: str, token_ids: list[int], params: SamplingParams, prompt: str | None) -> None:
@@ -183,7 +184,8 @@ class EngineLoop:
         try:
             self._engine.start_grammar(params.structured_outputs)
         except Exception as error:
-            del self._preparing[request_id]
+            with self._lock:
+                del self._preparing[request_id]
             self._refuse(request_id, error)
             return
         with self._lock:

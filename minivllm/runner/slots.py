@@ -17,11 +17,9 @@ from minivllm.sampling_params import LogitsProcessor
 
 @dataclass(frozen=True)
 class BadWords:
-    """Words that a request must not sample."""
+    """Words that a request must not sample: the last token of each, and at the right of a row those before it."""
 
-    before: (
-        np.ndarray
-    )  # [words, longest − 1] int64: the tokens of each but its last, at the right; −1 where there is none
+    before: np.ndarray  # [words, longest − 1] int64; −1: none
     last: np.ndarray  # [words] int64
 
     @classmethod
