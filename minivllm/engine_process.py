@@ -30,7 +30,7 @@ from typing import Any
 
 from minivllm.metrics import Metric, collect
 from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import StructuredOutputsParams
 
 Packed = tuple[str, bool, int, list[tuple[Any, ...]], tuple[Any, ...], tuple[Any, Any]]
 CHECK_SECONDS = 1.0  # between looks at the workers of an engine without requests
@@ -172,24 +172,25 @@ class EngineLoop:
         except Exception as error:
             self._refuse(request_id, error)
             return
+        command = "add", request_id, token_ids, params, prompt
         if params.structured_outputs is None:
-            self.commands.put(("add", request_id, token_ids, params, prompt))
+            self.commands.put(command)
         else:
             with self._lock:
                 self._preparing[request_id] = False
-            self._compilers.submit(self._compile, request_id, token_ids, params, prompt)
+            self._compilers.submit(self._compile, params.structured_outputs, request_id, command)
 
-    def _compile(self, request_id: str, token_ids: list[int], params: SamplingParams, prompt: str | None) -> None:
+    def _compile(self, asked: StructuredOutputsParams, request_id: str, command: tuple[Any, ...]) -> None:
         """Let the request follow once its grammar is there, and its abort after it."""
         try:
-            self._engine.start_grammar(params.structured_outputs)
+            self._engine.start_grammar(asked)
         except Exception as error:
             with self._lock:
                 del self._preparing[request_id]
             self._refuse(request_id, error)
             return
         with self._lock:
-            self.commands.put(("add", request_id, token_ids, params, prompt))
+            self.commands.put(command)
             if self._preparing.pop(request_id):
                 self.commands.put(("abort", [request_id]))
 

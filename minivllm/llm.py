@@ -341,8 +341,7 @@ class LLM:
             self._left += request_ids
             with deferred_interrupt(), self._lock:
                 if not self._is_changing:  # or the collector of garbage closes a stream in the middle of it
-                    with self._change():
-                        pass
+                    self._abort_left()
 
     @contextmanager
     def _change(self) -> Iterator[None]:
@@ -353,19 +352,21 @@ class LLM:
                 raise ValueError("an LLM cannot be called by the functions of its own requests; make another LLM")
             self._is_changing = True
             try:
-                try:
-                    yield
-                finally:
-                    self._abort_left()
+                yield
             finally:
-                self._is_changing = False
+                self._abort_left()
 
     def _abort_left(self) -> None:
-        while self._left:
-            request_ids = [self._left.popleft() for _ in range(len(self._left))]
-            for request_id in request_ids:
-                self._inboxes.pop(request_id, None)
-            self.engine.abort_requests(request_ids)
+        """The end of a change, or one by itself."""
+        self._is_changing = True
+        try:
+            while self._left:
+                request_ids = [self._left.popleft() for _ in range(len(self._left))]
+                for request_id in request_ids:
+                    self._inboxes.pop(request_id, None)
+                self.engine.abort_requests(request_ids)
+        finally:
+            self._is_changing = False
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         """Put each output where its own call finds it."""

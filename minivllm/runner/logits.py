@@ -58,8 +58,7 @@ def process_logits(
         kept = logits[index]
         logits[to_device(np.array([i for i, _ in allowed]), logits.device)] = NEVER
         logits[index] = kept
-    if any(slots.bad_words[slot] is not None for slot in rows):
-        _exclude_bad_words(logits, slots, rows, seq_lens, history)
+    _exclude_bad_words(logits, slots, rows, seq_lens, history)
     masked = set(batch.token_masks.places)  # a grammar may allow nothing but the end
     short = np.flatnonzero(_num_outputs(slots, rows, seq_lens) < slots.min_tokens[rows]).tolist()
     short = [i for i in short if i not in masked]
@@ -116,8 +115,10 @@ def _exclude_bad_words(
     logits: torch.Tensor, slots: Slots, rows: np.ndarray, seq_lens: np.ndarray, history: torch.Tensor | None
 ) -> None:
     """Rule out the last token of a bad word where the output ends with the tokens before it."""
-    assert history is not None
     words = [(i, own) for i, slot in enumerate(rows) if (own := slots.bad_words[slot]) is not None]
+    if not words:
+        return
+    assert history is not None
     owners = np.repeat([i for i, _ in words], [len(own.last) for _, own in words])
     last = np.concatenate([own.last for _, own in words])
     longest = max(own.before.shape[1] for _, own in words)

@@ -151,9 +151,9 @@ class Completion(Work):
             else:
                 text = entry[token_id].decoded_token or ""
                 token_logprobs.append(finite(entry[token_id].logprob))
-                top: dict[str, float] = {}  # of tokens with the same text, the token itself or the most likely
-                for one in [entry[token_id], *entry.values()]:
-                    if one is entry[token_id] or (one.rank is not None and one.rank <= most):
+                top = {text: finite(entry[token_id].logprob)}
+                for one in entry.values():
+                    if one.rank is not None and one.rank <= most:  # of several with the same text, the most likely
                         top.setdefault(one.decoded_token or "", finite(one.logprob))
                 top_logprobs.append(top)
             tokens.append(text)
