@@ -1,5 +1,6 @@
 """bench.py: the workload is the one it says it is, the figures agree with each other, mistakes are one line."""
 
+import gc
 import json
 import os
 import random
@@ -187,6 +188,7 @@ def test_steps_are_timed_without_the_profiler(tiny, tmp_path, monkeypatch, in_fl
 
         def slow(batch):
             calls.append(batch)
+            assert gc.get_freeze_count(), "as in LLM.generate"
             time.sleep(0.3 if len(calls) in (3, 11) else 0)
             return execute(batch)
 
@@ -227,7 +229,7 @@ def test_plot_shows_something(run):
         assert 0.02 < (half[..., :3].min(-1) < 0.95).mean() < 0.9  # neither blank nor all ink
 
 
-def test_preempted_requests_are_counted(tiny):
+def test_preempted_requests_are_counted(tiny, monkeypatch):
     """A KV cache of 12 blocks, for requests that grow to 5 blocks each."""
     workload = Workload(6, (20, 30), (40, 45), 0.7, seed=1)
     bytes_per_block = 16 * 2 * 3 * 2 * 16 * 4  # tokens, K and V, layers, heads, head_dim, float32
@@ -244,7 +246,12 @@ def test_preempted_requests_are_counted(tiny):
     # A step reads 6 tokens at most, and on a GPU a step may be read without another being launched.
     assert all(0 <= after - before <= 12 for before, after in pairwise(tokens)), "a preempted request was forgotten"
     assert tokens[-1] == figures.num_output_tokens
+    execute, counts = llm.engine.executor.execute, []
+    monkeypatch.setattr(
+        llm.engine.executor, "execute", lambda batch: (counts.append(gc.get_freeze_count()), execute(batch))[1]
+    )
     again, _, _ = throughput.measure(llm, workload)
+    assert counts and all(counts), "the collector goes through what LLM.generate keeps it off"
     assert again.num_preemptions == figures.num_preemptions, "figures must be of one run"
     assert again.prefix_hit_percent == figures.prefix_hit_percent, "a run must not find the prefixes of the last one"
 

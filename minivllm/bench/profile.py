@@ -29,6 +29,7 @@ from minivllm.bench.throughput import add_requests
 from minivllm.bench.workload import Workload
 from minivllm.engine.batch import ScheduledBatch
 from minivllm.layers import Linear
+from minivllm.process_state import heap_left_alone
 from minivllm.runner import model_runner
 
 NUM_STEPS = 64
@@ -113,6 +114,7 @@ def _first_steps(
     llm.reset_prefix_cache()
     request_ids = add_requests(engine, *workload.draw(llm.model_config.vocab_size), workload.temperature)
     with ExitStack() as patches:
+        patches.enter_context(heap_left_alone())  # as in LLM.generate
         patches.enter_context(patch.object(executor, "execute", noted_step))
         patches.enter_context(patch.object(engine.scheduler, "update", noted_update))
         for target, attribute, name in names:

@@ -14,6 +14,7 @@ from minivllm.bench.workload import Workload
 from minivllm.engine.batch import ScheduledBatch
 from minivllm.engine.engine import Engine, PendingTokens
 from minivllm.outputs import RequestOutput
+from minivllm.process_state import heap_left_alone
 from minivllm.sampling_params import RequestOutputKind
 
 
@@ -174,13 +175,15 @@ def add_requests(engine: Engine, prompts: list[list[int]], output_lens: list[int
 def _run(
     engine: Engine, prompts: list[list[int]], output_lens: list[int], temperature: float, progress: bool = False
 ) -> tuple[list[RequestOutput], list[Moment]]:
-    """Run requests to their end; (outputs in the order of the prompts, moments, the last one being the end)."""
+    """Run requests to their end, as LLM.generate does; (outputs in the order of the prompts, moments, the last one
+    being the end)."""
     done: dict[str, RequestOutput] = {}
     recorder = RecordingExecutor(engine)
     engine.executor = recorder
     try:
         request_ids = add_requests(engine, prompts, output_lens, temperature)
-        with tqdm(total=sum(output_lens), unit="tok", disable=None if progress else True, leave=False) as bar:
+        hidden = None if progress else True
+        with heap_left_alone(), tqdm(total=sum(output_lens), unit="tok", disable=hidden, leave=False) as bar:
             while len(done) < len(prompts):
                 for output in engine.step():
                     done[output.request_id] = output
