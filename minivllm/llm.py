@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
@@ -108,7 +109,9 @@ class LLM:
         self.inputs = InputProcessor(files.load_tokenizer(), chat_template, defaults, self.config.max_model_len)
         if config.override_generation_config:
             self.get_default_sampling_params()  # refuses wrong values
-        self._executor = make_executor(self.config, self.model_config, files.weights)
+        gc.collect()  # an LLM that nobody has any more, and its memory
+        with heap_left_alone():
+            self._executor = make_executor(self.config, self.model_config, files.weights)
         self.engine = Engine(self.config, self.model_config, self._executor, self.inputs.tokenizer)
         self._request_ids = itertools.count()
         self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request: the outputs its call has not taken yet

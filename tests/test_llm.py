@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -807,6 +808,24 @@ def either_llm(request, tiny):
         yield llm, tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
         assert not llm.engine.scheduler.requests
         llm.engine.scheduler.check_integrity()
+
+
+def test_the_collector_is_kept_off_the_heap_while_an_llm_is_made(tiny, monkeypatch):
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    left = weakref.ref(Cycle())
+    seen = []
+
+    def make_executor(*_):
+        seen.append((gc.get_freeze_count() > 0, left() is None))
+        raise RuntimeError("on fire")
+
+    monkeypatch.setattr("minivllm.llm.make_executor", make_executor)
+    with pytest.raises(RuntimeError, match="on fire"):
+        LLM(tiny("gqa-tied"), skip_tokenizer_init=True)
+    assert seen == [(True, True)] and gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("where", ["execute", "wait"])

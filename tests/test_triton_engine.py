@@ -1,6 +1,8 @@
 """The whole engine through the Triton backend, in the interpreter: the same tokens as through torch."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -61,6 +63,29 @@ def test_warm_up_runs(monkeypatch, changes):
         "_rope_kv",
     ]
     assert launched == {f"{name}_kernel" for name in expected}  # float32 leaves products to cuBLAS
+
+
+@pytest.mark.parametrize("fails", [None, "compiling", "the block"])
+def test_the_block_runs_while_kernels_are_compiled(monkeypatch, fails):
+    """Each waits for the other at the end, also for one that fails, and the error of either comes out."""
+    begun, goes_on, done = threading.Event(), threading.Event(), []
+
+    def compile_kernels(*arguments):
+        assert arguments == (1, 2, 3, 4, 5)
+        begun.set()
+        assert goes_on.wait(10)
+        done.append(arguments)
+        if fails == "compiling":
+            raise RuntimeError(fails)
+
+    monkeypatch.setattr(warm_up, "compile_kernels", compile_kernels)
+    expected = pytest.raises(RuntimeError, match=fails) if fails else nullcontext()
+    with expected, warm_up.kernels_compiled_meanwhile(1, 2, 3, 4, 5):
+        assert begun.wait(10) and not done
+        goes_on.set()
+        if fails == "the block":
+            raise RuntimeError(fails)
+    assert done
 
 
 @pytest.mark.parametrize("most", [1, 7, 64, 100, 256, 600])

@@ -1,4 +1,4 @@
-"""Compile the backend's kernels side by side.
+"""Compile the backend's kernels side by side, while the weights are loaded.
 
 Compiling a Triton kernel takes a second or so, most of it in other processes.  The first steps would do it one kernel
 after the other; here every operator runs once on a few rows, in a thread of its own.
@@ -6,8 +6,9 @@ after the other; here every operator runs once on a few rows, in a thread of its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,17 @@ from minivllm.model_config import ModelConfig
 from minivllm.runner.forward_batch import ForwardBatch
 
 ROWS = (1, 2, 32, 64, 300)  # one in each range that a backend may have a kernel of its own for
+
+
+@contextmanager
+def kernels_compiled_meanwhile(
+    backend: Backend, config: ModelConfig, dtype: torch.dtype, caches: KVCache, num_columns: int
+) -> Iterator[None]:
+    """`compile_kernels`, beside what the block does; at its end all are."""
+    with ThreadPoolExecutor(1) as thread:
+        compiled = thread.submit(compile_kernels, backend, config, dtype, caches, num_columns)
+        yield
+        compiled.result()
 
 
 def compile_kernels(

@@ -44,6 +44,7 @@ class Worker:
         try:
             config, model_config, weights, rank, port = self._orders.get()
             config = _placed(config, rank)
+            gc.freeze()  # the modules, which no collection has to go through
             assert config.max_num_seqs is not None
             masks = SharedMasks(config.max_num_seqs, model_config.vocab_size, masks_file).array
             tp = _join(config, model_config, rank, port)
