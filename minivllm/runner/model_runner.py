@@ -66,6 +66,11 @@ class ModelRunner:
         self.backend = make_backend(config.backend)
         self.tp = tp
         self.vocab_share = tp.vocab_share(model_config.vocab_size)
+        self.model = model_class(model_config.architecture)(
+            model_config, self.backend, self.dtype, self.device, config.max_model_len, tp
+        )
+        if self.device.type == "cpu":
+            check_weights_fit(self.model)
         self.own_config = model_config.share(tp.size)  # heads and columns of this worker
         self.slots = Slots(config.max_num_seqs, config.max_model_len, config.block_size, model_config.vocab_size)
         num_slots, num_columns = self.slots.block_table.shape
@@ -75,10 +80,15 @@ class ModelRunner:
             caches = self._allocate(1)[0]
             compiling = kernels_compiled_meanwhile(self.backend, self.own_config, self.dtype, caches, num_columns)
         with compiling:
-            self.model = model_class(model_config.architecture)(
-                model_config, self.backend, self.dtype, self.device, config.max_model_len, tp
-            )
-            self._load(weights)
+            targets = self.model.weight_targets()
+            if weights is None:
+                fill_dummy(targets, config.seed)
+            else:
+                load_weights(targets, weights, self.model.ignores_weight, progress=tp.rank == 0)
+            del targets  # or what is packed or quantized now would stay beside what it is made of
+        if config.quantization is not None:
+            quantize_linears(self.model)
+        self.model.finish_loading()
         self.history: torch.Tensor | None = None  # [slots, max_model_len] int32: tokens; made when a request needs it
         most_drafts = config.draft_limits.max_rows
         self.last_token = torch.zeros(num_slots + most_drafts, dtype=torch.int32, device=self.device)
@@ -95,19 +105,6 @@ class ModelRunner:
         self._turn = 0
         self.graphs = StepGraphs()
         self.kv_caches: list[KVCache] = []
-
-    def _load(self, weights: WeightSource | None) -> None:
-        if self.device.type == "cpu":
-            check_weights_fit(self.model)
-        targets = self.model.weight_targets()
-        if weights is None:
-            fill_dummy(targets, self.config.seed)
-        else:
-            load_weights(targets, weights, self.model.ignores_weight, progress=self.tp.rank == 0)
-        del targets  # or what is packed or quantized now would stay beside what it is made of
-        if self.config.quantization is not None:
-            quantize_linears(self.model)
-        self.model.finish_loading()
 
     @torch.inference_mode()
     def make_ready(self) -> int:
