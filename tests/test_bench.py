@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,8 +138,7 @@ def test_trace_has_named_ranges(run):
 
 
 def test_decode_step_in_a_trace(tiny, tmp_path):
-    """A made-up trace of three steps: kernels that wait inside for the one before, a gap that is shorter without the
-    profiler, a step that is no decode."""
+    """A made-up trace of three steps: kernels that wait inside for the one before, a gap, a step that is no decode."""
     kernels_us = [  # name, step, begin, duration
         ("_prefill_kernel", 0, 0, 50),
         ("_vector_kernel", 1, 60, 30),
@@ -159,16 +157,10 @@ def test_decode_step_in_a_trace(tiny, tmp_path):
         *(ScheduledBatch(slots=[0, 1], num_computed=[9, n], num_scheduled=[1, 1], num_decodes=2) for n in (20, 40)),
     ]
     with LLM(tiny("gqa-tied"), skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 20) as llm:
-        step, untimed, quick = (
-            profile.decode_step(llm, batches, seconds, str(tmp_path / "trace.json"), bytes_per_s=1e9)
-            for seconds in ([9.0, 48e-6, 44e-6], [9.0], [9.0, 39e-6])
-        )
+        step = profile.decode_step(llm, batches, str(tmp_path / "trace.json"), bytes_per_s=1e9)
         config = llm.model_config
-    kernels = {"matrix products": 0.025, "attention": 0.01, "sampling": 0.005}
-    assert step.groups == pytest.approx({**kernels, "idle": 0.046 - 0.04})
-    assert untimed.groups == pytest.approx({**kernels, "idle": 0.01}) and quick.groups["idle"] == 0
-    assert step.idle_in_trace == untimed.idle_in_trace == pytest.approx(0.01)
-    assert sum(untimed.groups.values()) == pytest.approx((150 - 50) / 1e3 / 2)
+    assert step.groups == pytest.approx({"matrix products": 0.025, "attention": 0.01, "idle": 0.01, "sampling": 0.005})
+    assert sum(step.groups.values()) == pytest.approx((150 - 50) / 1e3 / 2)
     assert (step.num_steps, step.num_rows, step.num_kv_tokens) == (2, 2, 41)
     assert step.limit["attention"] == pytest.approx(41 * 4 * config.kv_elements_per_token / 1e6)
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -177,29 +169,23 @@ def test_decode_step_in_a_trace(tiny, tmp_path):
     assert step.limit["matrix products"] == pytest.approx(4 * weights / 1e6)
 
 
-@pytest.mark.parametrize(("in_flight", "num_timed"), [(1, 6), (2, 5)])
-def test_steps_are_timed_without_the_profiler(tiny, tmp_path, monkeypatch, in_flight, num_timed):
-    """Of six steps of a longer run the third is slow, under the profiler the fifth."""
+def test_a_trace_leaves_the_engine_as_it_was(tiny, tmp_path, monkeypatch):
+    """And keeps the collector off the heap, as LLM.generate does: a collection takes a dozen steps' time."""
     monkeypatch.setattr(profile, "NUM_STEPS", 6)
-    options = dict(skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 20, async_scheduling=in_flight == 2)
-    with LLM(tiny("gqa-tied"), **options) as llm:
-        executor = llm.engine.executor
-        execute, calls = executor.execute, []
+    with LLM(tiny("gqa-tied"), skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 20) as llm:
+        execute, calls = llm.engine.executor.execute, []
 
-        def slow(batch):
-            calls.append(batch)
-            assert gc.get_freeze_count(), "as in LLM.generate"
-            time.sleep(0.3 if len(calls) in (3, 11) else 0)
+        def noted(batch):
+            calls.append((batch, gc.get_freeze_count()))
             return execute(batch)
 
-        monkeypatch.setattr(executor, "execute", slow)
-        workload = Workload(2, (9, 9), (20, 20), 0.0)
-        batches, seconds = profile.trace(llm, workload, str(tmp_path / "trace.json"))
-        assert executor.execute is slow and len(calls) == 12 and batches == calls[6:]
+        monkeypatch.setattr(llm.engine.executor, "execute", noted)
+        batches = profile.trace(llm, Workload(2, (9, 9), (20, 20), 0.0), str(tmp_path / "trace.json"))
+        assert llm.engine.executor.execute is noted
+        assert [batch for batch, _ in calls[:6]] == batches and len(batches) == 6
+        assert all(count > 0 for _, count in calls[:6]) and gc.get_freeze_count() == 0
         assert not llm.engine.has_unfinished_requests()
         llm.engine.scheduler.check_integrity()
-    assert len(seconds) == num_timed
-    assert [second > 0.3 for second in seconds] == [i == 4 - in_flight for i in range(1, 1 + num_timed)]
 
 
 def test_comparison_with_hugging_face(run):

@@ -187,9 +187,9 @@ def _bench_throughput(args: argparse.Namespace) -> None:
         step = None
         if args.profile or (args.plot and on_gpu and args.tensor_parallel_size == 1):
             path = args.profile or str(Path(folder) / "trace.json")
-            batches, times = profile.trace(llm, workload, path)
+            batches = profile.trace(llm, workload, path)
             if on_gpu:
-                step = profile.decode_step(llm, batches, times, path, kernels.read_bandwidth())
+                step = profile.decode_step(llm, batches, path, kernels.read_bandwidth())
         if step is not None:
             report.print_decode_step(step)
             content["decode_step"] = asdict(step)

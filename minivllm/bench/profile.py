@@ -2,9 +2,6 @@
 
 The trace (Chrome's format, for ui.perfetto.dev) has the engine's work in named ranges: step, schedule, prepare, upload,
 forward, sample, update.  A decode step that replays a CUDA graph has its sampling inside the graph.
-
-The profiler leaves kernels as they are, but the CPU needs longer for a step then: with a small model, longer than the
-GPU.  So the steps run twice, and what one takes in all is from the run without the profiler.
 """
 
 from __future__ import annotations
@@ -12,13 +9,11 @@ from __future__ import annotations
 import bisect
 import gzip
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -62,18 +57,26 @@ class DecodeStep:
     num_rows: float
     num_kv_tokens: float
     groups: dict[str, float]  # GPU time of each group of kernels, and "idle"; together the whole step
-    idle_in_trace: float  # with the profiler's work between kernels
     limit: dict[str, float]  # the time to read what must be read, at the memory's measured bandwidth
 
 
-def trace(llm: LLM, workload: Workload, path: str) -> tuple[list[ScheduledBatch], list[float]]:
-    """Run the first NUM_STEPS steps of the workload under the profiler and write the trace.  Returns the steps, and the
-    seconds that each took when they ran without it, right before."""
-    executor: Any = llm.engine.executor
-    runner, scheduler = executor.runner, llm.engine.scheduler
+def trace(llm: LLM, workload: Workload, path: str) -> list[ScheduledBatch]:
+    """Run the first NUM_STEPS steps of the workload under the profiler and write the trace.  Returns the steps; the
+    requests are aborted."""
+    engine, batches = llm.engine, []
+    executor: Any = engine.executor
+    runner = executor.runner
+    execute = executor.execute
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if runner.on_gpu else [])
+
+    def named_step(batch: ScheduledBatch) -> Any:
+        batches.append(batch)
+        with record_function(f"step {len(batches)}: {batch.num_decodes} decodes of {batch.num_tokens} tokens"):
+            return execute(batch)
+
     names: list[tuple[Any, str, str]] = [
-        (scheduler, "schedule", "schedule"),
-        (scheduler, "update", "update"),
+        (engine.scheduler, "schedule", "schedule"),
+        (engine.scheduler, "update", "update"),
         (runner, "_upload_decode", "prepare"),
         (model_runner, "mixed_arrays", "prepare"),
         (runner.inputs, "upload", "upload"),
@@ -82,61 +85,30 @@ def trace(llm: LLM, workload: Workload, path: str) -> tuple[list[ScheduledBatch]
     ]
     if runner.graphs:
         names.append((runner.graphs, "replay", "forward (graph)"))
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if runner.on_gpu else [])
-    profiler = profile(activities=activities, acc_events=True)
-    _, seconds = _first_steps(llm, workload, [], nullcontext())
-    batches, _ = _first_steps(llm, workload, names, profiler)
-    with open(path, "wb"):  # raises what the profiler does not, and leaves nothing of an older one
-        pass
-    profiler.export_chrome_trace(path)
-    return batches, seconds
-
-
-def _first_steps(
-    llm: LLM, workload: Workload, names: list[tuple[Any, str, str]], profiler: AbstractContextManager[Any]
-) -> tuple[list[ScheduledBatch], list[float]]:
-    """Run the first NUM_STEPS steps and abort the requests.  `names`: functions, as (object, attribute), and the range
-    that each is to be in the trace.  Returns the steps, and the seconds from each result to the next."""
-    engine, executor = llm.engine, cast(Any, llm.engine.executor)
-    batches: list[ScheduledBatch] = []
-    ends: list[float] = []
-    execute, update = executor.execute, engine.scheduler.update
-
-    def noted_step(batch: ScheduledBatch) -> Any:
-        batches.append(batch)
-        with record_function(f"step {len(batches)}: {batch.num_decodes} decodes of {batch.num_tokens} tokens"):
-            return execute(batch)
-
-    def noted_update(result: Any) -> Any:
-        ends.append(time.perf_counter())
-        return update(result)
-
     llm.reset_prefix_cache()
     request_ids = add_requests(engine, *workload.draw(llm.model_config.vocab_size), workload.temperature)
     with ExitStack() as patches:
         patches.enter_context(heap_left_alone())  # as in LLM.generate
-        patches.enter_context(patch.object(executor, "execute", noted_step))
-        patches.enter_context(patch.object(engine.scheduler, "update", noted_update))
+        patches.enter_context(patch.object(executor, "execute", named_step))
         for target, attribute, name in names:
             patches.enter_context(patch.object(target, attribute, _named(name, getattr(target, attribute))))
-        with profiler:
-            ends.append(time.perf_counter())
+        with profile(activities=activities, acc_events=True) as profiler:
             while len(batches) < NUM_STEPS and engine.scheduler.requests:
                 engine.step()
-            if executor.runner.on_gpu:
+            if runner.on_gpu:
                 torch.cuda.synchronize()
-        seconds = [end - begin for begin, end in pairwise(ends)]  # steps still in flight have none
-        engine.abort_requests(request_ids)
-        while engine.has_unfinished_requests():
-            engine.step()
-    return batches, seconds
+    engine.abort_requests(request_ids)
+    while engine.has_unfinished_requests():
+        engine.step()
+    with open(path, "wb"):  # raises what the profiler does not, and leaves nothing of an older one
+        pass
+    profiler.export_chrome_trace(path)
+    return batches
 
 
-def decode_step(
-    llm: LLM, batches: list[ScheduledBatch], seconds: list[float], path: str, bytes_per_s: float
-) -> DecodeStep | None:
-    """What the decode steps in a trace of a GPU spent their time on, or None if there is none.  `batches` and
-    `seconds` are what `trace` has returned, `bytes_per_s` the memory's read bandwidth."""
+def decode_step(llm: LLM, batches: list[ScheduledBatch], path: str, bytes_per_s: float) -> DecodeStep | None:
+    """What the decode steps in a trace of a GPU spent their time on, or None if there is none.  `bytes_per_s`: the
+    memory's read bandwidth."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     starts = sorted(e["ts"] for e in events if e["cat"] == "user_annotation" and e["name"].startswith("step "))
@@ -155,10 +127,6 @@ def decode_step(
             milliseconds[_group(event["name"])] += (end - max(begin, previous_end)) / 1e3 / len(decodes)
     if not milliseconds:
         return None
-    idle_in_trace = milliseconds["idle"]
-    if measured := [seconds[i] for i in decodes if i < len(seconds)]:
-        busy = sum(milliseconds.values()) - idle_in_trace
-        milliseconds["idle"] = max(0.0, 1e3 * sum(measured) / len(measured) - busy)
     num_kv_tokens = sum(sum(batches[i].num_computed) + len(batches[i].slots) for i in decodes) / len(decodes)
     executor: Any = llm.engine.executor
     model, dtype = executor.runner.model, getattr(torch, llm.config.dtype)
@@ -170,7 +138,6 @@ def decode_step(
         num_rows=sum(len(batches[i].slots) for i in decodes) / len(decodes),
         num_kv_tokens=num_kv_tokens,
         groups=dict(sorted(milliseconds.items(), key=lambda item: -item[1])),
-        idle_in_trace=idle_in_trace,
         limit={
             "attention": 1e3 * num_kv_tokens * per_token / bytes_per_s,
             "matrix products": 1e3 * sum(weight.nbytes for weight in weights) / bytes_per_s,

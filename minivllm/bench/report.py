@@ -96,8 +96,6 @@ def print_decode_step(step: DecodeStep) -> None:
     for name, milliseconds in {**step.groups, "all": total}.items():
         least = step.limit.get(name, limit if name == "all" else 0.0)
         beside = f"reading alone {least:.3f} ms" if least else ""
-        if name == "idle":
-            beside = f"in the trace {step.idle_in_trace:.3f} ms"
         print(f"  {name:<30} {milliseconds:>10.3f}  ms, {100 * milliseconds / total:4.1f}%  {beside}".rstrip())
 
 
