@@ -69,13 +69,15 @@ class AsyncLLM:
         try:
             # What is fetched or converted is so once, here; the engine finds it done.
             files, defaults = find_model(model, tokenizer, revision, skip_tokenizer_init, config)
+            with contextlib.suppress(OSError):  # from a process that has ended nothing will be received either
+                self._connection.send((model, {
+                    "tokenizer": tokenizer, "revision": revision, "skip_tokenizer_init": skip_tokenizer_init,
+                    "hf_overrides": hf_overrides, "trust_remote_code": trust_remote_code,
+                    **{name: value for name, value in arguments.items() if name not in NO_MEANING_HERE},
+                }))  # fmt: skip
             self.model = files.name
             self.inputs = InputProcessor(files.load_tokenizer(), chat_template, defaults, 0)
-            self.facts = self._load(model, {
-                "tokenizer": tokenizer, "revision": revision, "skip_tokenizer_init": skip_tokenizer_init,
-                "hf_overrides": hf_overrides, "trust_remote_code": trust_remote_code,
-                **{name: value for name, value in arguments.items() if name not in NO_MEANING_HERE},
-            })  # fmt: skip
+            self.facts = self._receive_facts()  # the model was loaded beside the tokenizer
         except BaseException:
             self._process.kill()
             self._process.wait()
@@ -90,10 +92,9 @@ class AsyncLLM:
         threading.Thread(target=_receive, args=(weakref.ref(self), self._connection), daemon=True).start()
         weakref.finalize(self, _close, self._connection).atexit = False  # it ends with its parent anyway
 
-    def _load(self, model: Any, arguments: dict[str, Any]) -> EngineFacts:
-        """Have the engine's process load the model; returns when it is ready."""
+    def _receive_facts(self) -> EngineFacts:
+        """Returns when the engine's process is ready."""
         try:
-            self._connection.send((model, arguments))
             word, *content = self._connection.recv()
         except (EOFError, OSError):
             raise EngineDeadError(f"the engine's process ended with status {self._process.wait()}") from None

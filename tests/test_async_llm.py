@@ -224,6 +224,30 @@ def test_outputs_that_cannot_be_sent_are_an_error_for_everybody(tiny, tmp_path, 
         asyncio.run(asyncio.wait_for(last(llm.generate([1], LONG)), 20))
 
 
+def test_the_model_is_loaded_while_the_tokenizer_is(tiny, monkeypatch):
+    started = []
+
+    def start(*arguments):
+        started.append(start_process(*arguments))
+        return started[-1]
+
+    def load_tokenizer(files):
+        assert started[0][1].poll(60)  # the engine says that it is ready
+
+    monkeypatch.setattr("minivllm.async_llm.start_process", start)
+    monkeypatch.setattr("minivllm.loading.resolve.ModelFiles.load_tokenizer", load_tokenizer)
+    with AsyncLLM(tiny("mha"), **OPTIONS) as llm:
+        assert len(asyncio.run(last(llm.generate([1, 2], SamplingParams(max_tokens=3)))).outputs[0].token_ids) == 3
+
+
+def test_an_engine_that_ends_at_once_is_an_error(tiny, tmp_path, monkeypatch):
+    (tmp_path / "no_engine.py").write_text("raise SystemExit(7)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("minivllm.async_llm.start_process", lambda module, *rest: start_process("no_engine", *rest))
+    with pytest.raises(EngineDeadError, match="ended with status 7"):
+        AsyncLLM(tiny("mha"), **OPTIONS)
+
+
 def test_an_engine_that_nobody_has_any_more_ends(tiny):
     llm = AsyncLLM(tiny("mha"), **OPTIONS)
     asyncio.run(last(llm.generate([1, 2], SamplingParams(max_tokens=3))))
