@@ -28,7 +28,6 @@ from minivllm.child_process import check_importable, start_process
 from minivllm.config import NO_MEANING_HERE, EngineConfig
 from minivllm.engine_process import EngineFacts, Packed
 from minivllm.inputs import NOT_SUPPORTED, CheckedRequest, InputProcessor, Prompt, checked_model
-from minivllm.loading import find_model
 from minivllm.metrics import Gauge, Metric
 from minivllm.output_stream import OutputStream
 from minivllm.outputs import RequestOutput
@@ -65,8 +64,10 @@ class AsyncLLM:
         config = EngineConfig.from_arguments(arguments)  # mistakes show before anything is fetched
         self._error: str | None = None
         self._is_shut_down = False
-        self._process, self._connection = start_process("minivllm.engine_process")  # imports what it needs meanwhile
+        self._process, self._connection = start_process("minivllm.engine_process")
         try:
+            from minivllm.loading import find_model  # takes seconds, and so does what the process imports meanwhile
+
             # What is fetched or converted is so once, here; the engine finds it done.
             files, defaults = find_model(model, tokenizer, revision, skip_tokenizer_init, config)
             with contextlib.suppress(OSError):  # from a process that has ended nothing will be received either
