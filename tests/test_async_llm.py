@@ -243,7 +243,13 @@ def test_the_model_is_loaded_while_the_tokenizer_is(tiny, monkeypatch):
 def test_an_engine_that_ends_at_once_is_an_error(tiny, tmp_path, monkeypatch):
     (tmp_path / "no_engine.py").write_text("raise SystemExit(7)")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("minivllm.async_llm.start_process", lambda module, *rest: start_process("no_engine", *rest))
+
+    def start(module, *rest):
+        process, connection = start_process("no_engine", *rest)
+        process.wait(60)  # so that nothing can be sent to it
+        return process, connection
+
+    monkeypatch.setattr("minivllm.async_llm.start_process", start)
     with pytest.raises(EngineDeadError, match="ended with status 7"):
         AsyncLLM(tiny("mha"), **OPTIONS)
 
